@@ -1,0 +1,270 @@
+"""Models that only tests need, made on the spot: one per datatype and rank, slow ones, failing ones, broken ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper
+
+from .arithmetic import multiple
+from .graphs import OPSET, Directory, Files, Shape, graph, node, tensor
+
+# The protocol's name of each datatype, in lower case, and the ONNX element type behind it.
+ELEMENT_TYPES = {
+    "bool": TensorProto.BOOL,
+    "uint8": TensorProto.UINT8,
+    "uint16": TensorProto.UINT16,
+    "uint32": TensorProto.UINT32,
+    "uint64": TensorProto.UINT64,
+    "int8": TensorProto.INT8,
+    "int16": TensorProto.INT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+    "fp16": TensorProto.FLOAT16,
+    "fp32": TensorProto.FLOAT,
+    "fp64": TensorProto.DOUBLE,
+    "bytes": TensorProto.STRING,
+    "bf16": TensorProto.BFLOAT16,
+}
+MATRIX = ("rows", "columns")  # two free axes, neither of them named as a batch
+NOT_ONNX = b"This file is called model.onnx and is none.\n"
+
+
+def make_fixtures(directory: Path) -> None:
+    """Write the models that load. Files already there with the same bytes are left untouched.
+
+    - identity_<datatype>: INPUT0 → OUTPUT0 [rows,columns], for each of ELEMENT_TYPES
+    - identity_scalar_fp32 [], identity_1d_int64 [length], identity_rank4_fp32: the same in other ranks
+    - fixed_shape: FP32 identity of exactly [2,3]
+    - batched_identity_fp32 [batch,4]: no configuration; the axis's name tells that it can be batched
+    - two_inputs_mixed: FP32 INPUT0 and BYTES INPUT1, each copied to its own output
+    - optional_input: OUTPUT0 = INPUT0 + BIAS, FP32; BIAS [1] may be left out and is 10 then
+    - string_classes: FP32 INPUT0 [rows,2] → OUTPUT0, a sequence of maps from "no" and "yes" to the row's numbers
+    - slow_matmul: FP32 identity that takes some 10 ms on one core
+    - slow_loop: the same, and takes the longer the larger STEPS is, an INT64 [1]: about a millisecond each
+    - failing: FP32 OUTPUT0 = (10, 20, 30, 40)[INPUT0]; an index outside -4..3 fails while it runs
+    - latest_version: y = version · x, FP32 [length], in versions 2, 9 and 10 and no configuration: 10 serves.
+      Its directories 03 and notes are no versions
+    - latest_two: the same in versions 1, 2 and 3, the highest two served
+    - specific_versions: likewise, of which 1, 3 and 4 are asked for
+    """
+    for name, element_type in ELEMENT_TYPES.items():
+        _identity(f"identity_{name}", element_type, MATRIX).write(directory)
+    _identity("identity_scalar_fp32", TensorProto.FLOAT, ()).write(directory)
+    _identity("identity_1d_int64", TensorProto.INT64, ("length",)).write(directory)
+    _identity("identity_rank4_fp32", TensorProto.FLOAT, ("images", "channels", "height", "width")).write(directory)
+    _identity("fixed_shape", TensorProto.FLOAT, (2, 3)).write(directory)
+    _identity("batched_identity_fp32", TensorProto.FLOAT, ("batch", 4)).write(directory)
+    for model in (_two_inputs_mixed(), _string_classes(), _slow_matmul(), _slow_loop(), _failing()):
+        Directory(model.graph.name, {"1/model.onnx": model}).write(directory)
+    _optional_input().write(directory)
+    _multiples("latest_version", (2, 9, 10), {f"{no}/model.onnx": NOT_ONNX for no in ("03", "notes")}).write(directory)
+    for name, policy in {
+        "latest_two": "latest { num_versions: 2 }",
+        "specific_versions": "specific { versions: [ 1, 3, 4 ] }",
+    }.items():
+        config = f"version_policy {{ {policy} }}\n"
+        _multiples(name, (1, 2, 3), {"config.pbtxt": config}).write(directory)
+
+
+def make_broken_fixtures(directory: Path) -> None:
+    """Write models none of which loads: for a repository of their own.
+
+    - broken, empty: model.onnx is text, or has no bytes
+    - half_broken: version 1 is sound, version 2 is text, and all versions are asked for
+    - no_version, no_model: a configuration and no version directory; a version directory without model.onnx
+    - bad_config: config.pbtxt is cut off in the middle of a message
+    - wrong_name, wrong_datatype, wrong_dims, wrong_output: the configuration contradicts directory or file
+    - wrong_batching: max_batch_size 8 where the file says [2,3]
+    - missing_labels: label_filename names a file that is not there
+    - unsupported_datatype: OUTPUT0 is FP8, for which the protocol has no name
+    - sequence_output: OUTPUT0 is a sequence of tensors
+    """
+    matrix = _identity_graph(TensorProto.FLOAT, MATRIX)
+    repository: dict[str, Files] = {
+        "broken": {"1/model.onnx": NOT_ONNX},
+        "empty": {"1/model.onnx": b""},
+        "half_broken": {
+            "1/model.onnx": matrix,
+            "2/model.onnx": NOT_ONNX,
+            "config.pbtxt": "version_policy { all { } }\n",
+        },
+        "no_version": {"config.pbtxt": 'platform: "onnxruntime_onnx"\n'},
+        "no_model": {"1/notes.txt": "The model is not here.\n"},
+        "bad_config": {"1/model.onnx": matrix, "config.pbtxt": "version_policy { latest {"},
+        "wrong_name": {"1/model.onnx": matrix, "config.pbtxt": 'name: "another"\n'},
+        "wrong_datatype": {"1/model.onnx": matrix, "config.pbtxt": _identity_config(datatype="TYPE_INT32")},
+        "wrong_dims": {"1/model.onnx": matrix, "config.pbtxt": _identity_config(dims="-1, -1, -1")},
+        "wrong_output": {"1/model.onnx": matrix, "config.pbtxt": _identity_config(output="OUTPUT9")},
+        "wrong_batching": {
+            "1/model.onnx": _identity_graph(TensorProto.FLOAT, (2, 3)),
+            "config.pbtxt": "max_batch_size: 8\n",
+        },
+        "missing_labels": {
+            "1/model.onnx": matrix,
+            "config.pbtxt": _identity_config(labels='label_filename: "nowhere.txt"'),
+        },
+        "unsupported_datatype": {"1/model.onnx": _fp8_output()},
+        "sequence_output": {"1/model.onnx": _sequence_output()},
+    }
+    for name, files in repository.items():
+        Directory(name, files).write(directory)
+
+
+def _identity_graph(element_type: int, shape: Shape) -> ModelProto:
+    return graph(
+        "identity",
+        [node("Identity", "INPUT0", "OUTPUT0")],
+        [tensor("INPUT0", element_type, shape)],
+        [tensor("OUTPUT0", element_type, shape)],
+    )
+
+
+def _identity(name: str, element_type: int, shape: Shape) -> Directory:
+    return Directory(name, {"1/model.onnx": _identity_graph(element_type, shape)})
+
+
+def _two_inputs_mixed() -> ModelProto:
+    return graph(
+        "two_inputs_mixed",
+        [node("Identity", "INPUT0", "OUTPUT0"), node("Identity", "INPUT1", "OUTPUT1")],
+        [tensor("INPUT0", TensorProto.FLOAT, ("numbers",)), tensor("INPUT1", TensorProto.STRING, ("texts",))],
+        [tensor("OUTPUT0", TensorProto.FLOAT, ("numbers",)), tensor("OUTPUT1", TensorProto.STRING, ("texts",))],
+    )
+
+
+OPTIONAL_INPUT_CONFIG = """\
+input [
+  { name: "INPUT0" data_type: TYPE_FP32 dims: [ -1 ] },
+  { name: "BIAS" data_type: TYPE_FP32 dims: [ 1 ] optional: true }
+]
+output [ { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ -1 ] } ]
+"""
+
+
+def _optional_input() -> Directory:
+    """An initializer that is an input as well is ONNX's form of a default."""
+    model = graph(
+        "optional_input",
+        [node("Add", "INPUT0 BIAS", "OUTPUT0")],
+        [tensor("INPUT0", TensorProto.FLOAT, ("length",)), tensor("BIAS", TensorProto.FLOAT, (1,))],
+        [tensor("OUTPUT0", TensorProto.FLOAT, ("length",))],
+        {"BIAS": np.array([10], np.float32)},
+    )
+    return Directory("optional_input", {"1/model.onnx": model, "config.pbtxt": OPTIONAL_INPUT_CONFIG})
+
+
+def _string_classes() -> ModelProto:
+    classes = helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, ()))
+    return graph(
+        "string_classes",
+        [node("ZipMap", "INPUT0", "OUTPUT0", domain="ai.onnx.ml", classlabels_strings=["no", "yes"])],
+        [tensor("INPUT0", TensorProto.FLOAT, ("rows", 2))],
+        [helper.make_value_info("OUTPUT0", helper.make_sequence_type_proto(classes))],
+        opsets={"": OPSET, "ai.onnx.ml": 3},
+    )
+
+
+def _slow_matmul() -> ModelProto:
+    """Adds 0 to INPUT0, found the long way: powers of a 512x512 matrix of zeros, 2^27 multiplications each.
+
+    The zeros are the input's size times 0, which no optimiser knows before the input is there.
+    """
+    powers = [node("MatMul", f"power{i} power{i}", f"power{i + 1}") for i in range(4)]
+    return graph(
+        "slow_matmul",
+        [
+            node("Size", "INPUT0", "size"),
+            node("Cast", "size", "number", to=TensorProto.FLOAT),
+            node("Mul", "number zero", "nothing"),
+            node("Expand", "nothing side", "power0"),
+            *powers,
+            node("ReduceMax", f"power{len(powers)}", "late_zero", keepdims=0),
+            node("Add", "INPUT0 late_zero", "OUTPUT0"),
+        ],
+        [tensor("INPUT0", TensorProto.FLOAT, MATRIX)],
+        [tensor("OUTPUT0", TensorProto.FLOAT, MATRIX)],
+        {"zero": np.float32(0), "side": np.array([512, 512], np.int64)},
+    )
+
+
+def _slow_loop() -> ModelProto:
+    """The same idea in a loop, so that each request chooses how long it takes: a 256x256 product twice per step."""
+    square = (256, 256)
+    body = helper.make_graph(
+        [
+            node("Identity", "go_on", "still"),
+            node("MatMul", "power power", "half"),
+            node("MatMul", "half half", "next_power"),
+        ],
+        "step",
+        [
+            tensor("step", TensorProto.INT64, ()),
+            tensor("go_on", TensorProto.BOOL, ()),
+            tensor("power", TensorProto.FLOAT, square),
+        ],
+        [tensor("still", TensorProto.BOOL, ()), tensor("next_power", TensorProto.FLOAT, square)],
+    )
+    return graph(
+        "slow_loop",
+        [
+            node("Size", "INPUT0", "size"),
+            node("Cast", "size", "number", to=TensorProto.FLOAT),
+            node("Mul", "number zero", "nothing"),
+            node("Expand", "nothing side", "start"),
+            node("Squeeze", "STEPS", "steps"),
+            node("Loop", "steps true start", "end", body=body),
+            node("ReduceMax", "end", "late_zero", keepdims=0),
+            node("Add", "INPUT0 late_zero", "OUTPUT0"),
+        ],
+        [tensor("INPUT0", TensorProto.FLOAT, MATRIX), tensor("STEPS", TensorProto.INT64, (1,))],
+        [tensor("OUTPUT0", TensorProto.FLOAT, MATRIX)],
+        {"zero": np.float32(0), "side": np.array(square, np.int64), "true": np.bool_(True)},
+    )
+
+
+def _failing() -> ModelProto:
+    return graph(
+        "failing",
+        [node("Gather", "table INPUT0", "OUTPUT0")],
+        [tensor("INPUT0", TensorProto.INT64, ("length",))],
+        [tensor("OUTPUT0", TensorProto.FLOAT, ("length",))],
+        {"table": np.array([10, 20, 30, 40], np.float32)},
+    )
+
+
+def _multiples(name: str, versions: Sequence[int], extra: Files) -> Directory:
+    return Directory(name, {**{f"{version}/model.onnx": multiple(version) for version in versions}, **extra})
+
+
+IDENTITY_CONFIG = """\
+input [ {{ name: "INPUT0" data_type: {datatype} dims: [ {dims} ] }} ]
+output [ {{ name: "{output}" data_type: {datatype} dims: [ {dims} ] {labels} }} ]
+"""
+
+
+def _identity_config(
+    datatype: str = "TYPE_FP32", dims: str = "-1, -1", output: str = "OUTPUT0", labels: str = ""
+) -> str:
+    return IDENTITY_CONFIG.format(datatype=datatype, dims=dims, output=output, labels=labels)
+
+
+def _fp8_output() -> ModelProto:
+    return graph(
+        "unsupported_datatype",
+        [node("Cast", "INPUT0", "OUTPUT0", to=TensorProto.FLOAT8E4M3FN)],
+        [tensor("INPUT0", TensorProto.FLOAT, MATRIX)],
+        [tensor("OUTPUT0", TensorProto.FLOAT8E4M3FN, MATRIX)],
+        opsets={"": 19},  # the first with 8-bit floats
+        ir_version=9,
+    )
+
+
+def _sequence_output() -> ModelProto:
+    element = helper.make_tensor_type_proto(TensorProto.FLOAT, MATRIX)
+    return graph(
+        "sequence_output",
+        [node("SequenceConstruct", "INPUT0 INPUT0", "OUTPUT0")],
+        [tensor("INPUT0", TensorProto.FLOAT, MATRIX)],
+        [helper.make_value_info("OUTPUT0", helper.make_sequence_type_proto(element))],
+    )

@@ -1,0 +1,1 @@
+"""Runtimes that come with Penstock; each is one module and one entry point."""

@@ -1,0 +1,5 @@
+"""ONNX models on ONNX Runtime, on CPU, CUDA or TensorRT."""
+
+from penstock_runtimes.onnx.runtime import OnnxRuntime
+
+__all__ = ["OnnxRuntime"]

@@ -1,0 +1,256 @@
+"""One instance of an ONNX model: requests in, one run, responses out."""
+
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic_ns
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+from penstock import pb
+from penstock.errors import Kind, ServingError
+from penstock.messages import InferRequest, InferResponse
+from penstock.model_config import signature
+from penstock.runtime import Cancelled, Reply
+from penstock.tensor import BF16, BYTES, Array, Tensor, join, objects, split
+
+from penstock_runtimes.onnx.session import translate
+from penstock_runtimes.onnx.signature import Key, OnnxSignature, OnnxTensor
+
+BFLOAT16 = 16  # TensorProto.DataType
+
+Convert: TypeAlias = Callable[[Any], Any]
+
+
+class OnnxInstance:
+    """A session and the conversions between what clients send and what it takes.
+
+    Instances on the CPU share their session, which ONNX Runtime allows; each is used by one thread at a time.
+    """
+
+    max_in_flight = 1
+    streams = False
+
+    def __init__(
+        self, session: Any, device: str, config: pb.ModelConfig, found: OnnxSignature, run_options: Any = None
+    ) -> None:
+        """`config` is complete and agrees with what was `found` in the file; `run_options` go with every run."""
+        self.device = device
+        self.inputs_ready_ns = 0
+        self.outputs_came_ns = 0
+        self._run_options = run_options
+        self._model = config.name
+        self._batched = config.max_batch_size > 0
+        seen = signature(config)
+        self._datatypes = {name: spec.datatype for name, spec in seen.outputs.items()}
+        self._names = list(seen.outputs)
+        # Only tensors that need one have a conversion, so that plain ones cost nothing.
+        self._to_model: dict[str, Convert] = {}
+        self._from_model: dict[str, Convert] = {}
+        for entry in config.input:
+            steps: list[Convert] = []
+            spec = seen.inputs[entry.name]
+            if entry.HasField("reshape"):
+                steps.append(_reshape(spec.dims, entry.reshape.shape, self._batched))
+            elif len(_given(found, entry.name).shape) != len(spec.shape):
+                steps.append(_to_shape(()))  # a scalar that the configuration calls [1]
+            if spec.datatype is BYTES:
+                steps.append(_decode_strings(entry.name, config.name))
+            elif spec.datatype is BF16:
+                steps.append(_to_value)
+            if steps:
+                self._to_model[entry.name] = _chain(steps)
+        for output in config.output:
+            steps = []
+            spec, given = seen.outputs[output.name], found.outputs[output.name]
+            if given.maps:
+                steps.append(_columns(given, config.name))
+            if spec.datatype is BYTES:
+                steps.append(_encode_strings)
+            if output.HasField("reshape"):
+                steps.append(_reshape(output.reshape.shape, spec.dims, self._batched))
+            elif len(given.shape) != len(spec.shape):
+                steps.append(_to_shape((1,)))
+            if steps:
+                self._from_model[output.name] = _chain(steps)
+        self._session = session
+        if any(spec.datatype is BF16 for spec in seen.outputs.values()):
+            if any(spec.datatype is BYTES for spec in seen.inputs.values()):
+                raise ServingError(
+                    Kind.UNSUPPORTED,
+                    f"model '{config.name}' takes BYTES and gives BF16, which ONNX Runtime's Python interface cannot "
+                    "do in one run",
+                )
+            self._session = _ThroughValues(session)
+
+    def execute(self, batch: Sequence[InferRequest]) -> Sequence[InferResponse | ServingError]:
+        if len(batch) == 1:
+            return [self._run_one(batch[0])]
+        if self._batched:
+            try:
+                return self._run_joined(batch)
+            except ServingError as error:
+                if error.kind is not Kind.INVALID:
+                    raise
+        # No batch axis, or the values of one request failed the run of all: alone, each gets its own answer.
+        return [self._answer(request) for request in batch]
+
+    def start(self, request: InferRequest, reply: Reply, cancelled: Cancelled) -> None:  # noqa: ARG002 - the door's
+        """Never called: an ONNX model answers once."""
+        raise ServingError(Kind.UNSUPPORTED, f"model '{self._model}' answers once; use execute")
+
+    def close(self) -> None:
+        self._session = None
+
+    def _answer(self, request: InferRequest) -> InferResponse | ServingError:
+        try:
+            return self._run_one(request)
+        except ServingError as error:
+            return error
+
+    def _run_one(self, request: InferRequest) -> InferResponse:
+        names = list(request.outputs) or self._names
+        return self._response(request, names, self._run(names, {n: t.array for n, t in request.inputs.items()}))
+
+    def _run_joined(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+        feed = {name: join([request.inputs[name].array for request in batch]) for name in batch[0].inputs}
+        names = self._names
+        if all(request.outputs for request in batch):
+            asked = {name for request in batch for name in request.outputs}
+            names = [name for name in names if name in asked]
+        rows = [request.rows for request in batch]
+        parts = {name: split(array, rows) for name, array in zip(names, self._run(names, feed), strict=True)}
+        answers: list[InferResponse | ServingError] = []
+        for number, request in enumerate(batch):
+            chosen = list(request.outputs) or names
+            answers.append(self._response(request, chosen, [parts[name][number] for name in chosen]))
+        return answers
+
+    def _run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
+        for name, convert in self._to_model.items():
+            if name in feed:  # an optional input may be absent
+                feed[name] = convert(feed[name])
+        self.inputs_ready_ns = monotonic_ns()
+        try:
+            arrays: list[Array] = self._session.run(names, feed, self._run_options)
+        except Exception as error:
+            raise translate(error) from error
+        self.outputs_came_ns = monotonic_ns()
+        if self._from_model:
+            named = zip(names, arrays, strict=True)
+            arrays = [self._from_model[name](array) if name in self._from_model else array for name, array in named]
+        return arrays
+
+    def _response(self, request: InferRequest, names: Iterable[str], arrays: list[Array]) -> InferResponse:
+        datatypes = self._datatypes
+        outputs = [Tensor(name, datatypes[name], array) for name, array in zip(names, arrays, strict=True)]
+        return InferResponse(request.model, request.version, request.id, outputs)
+
+
+class _ThroughValues:
+    """A session whose outputs may be bfloat16: `run` cannot give it as an array, so all goes by way of OrtValue."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def run(self, names: list[str], feed: dict[str, Any], run_options: Any) -> list[Array]:
+        values = {name: _to_value(given) if isinstance(given, np.ndarray) else given for name, given in feed.items()}
+        return [_from_value(value) for value in self._session.run_with_ort_values(names, values, run_options)]
+
+
+def _to_value(array: Array) -> Any:
+    array = np.ascontiguousarray(array).reshape(array.shape)  # which makes a scalar [1]
+    if array.dtype == BF16.dtype:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _from_value(value: Any) -> Array:
+    if value.data_type() != BF16.onnx:
+        array: Array = value.numpy()
+        return array
+    size = value.tensor_size_in_bytes()
+    content = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(content, BF16.dtype).reshape(value.shape())
+
+
+def _given(found: OnnxSignature, name: str) -> OnnxTensor:
+    return found.inputs.get(name) or found.overridable[name]
+
+
+def _chain(steps: Sequence[Convert]) -> Convert:
+    if len(steps) == 1:
+        return steps[0]
+
+    def convert(value: Any) -> Any:
+        for step in steps:
+            value = step(value)
+        return value
+
+    return convert
+
+
+def _to_shape(shape: tuple[int, ...]) -> Convert:
+    return lambda array: array.reshape(shape)
+
+
+def _reshape(dims: Sequence[int], wanted: Sequence[int], batched: bool) -> Convert:
+    """From `dims` to `wanted`, both without the batch axis; open axes keep their sizes, in order."""
+    first = 1 if batched else 0
+    open_axes = [first + axis for axis, dim in enumerate(dims) if dim < 0]
+    wanted = tuple(wanted)
+
+    def convert(array: Array) -> Array:
+        sizes = iter([array.shape[axis] for axis in open_axes])
+        return array.reshape([*array.shape[:first], *(next(sizes) if dim < 0 else dim for dim in wanted)])
+
+    return convert
+
+
+def _decode_strings(name: str, model: str) -> Convert:
+    """BYTES to `str`: ONNX Runtime garbles `bytes` objects, and its strings are UTF-8 by definition."""
+
+    def convert(array: Array) -> Array:
+        decoded: list[str] = []
+        try:
+            for element in array.reshape(-1).tolist():
+                decoded.append(element.decode())  # noqa: PERF401 - its length tells which element failed
+        except UnicodeDecodeError as error:
+            raise ServingError(
+                Kind.INVALID,
+                f"input '{name}' for model '{model}': element {len(decoded)} is not UTF-8, as strings of ONNX are: "
+                f"{error}",
+            ) from None
+        result = np.empty(len(decoded), object)
+        result[:] = decoded
+        return result.reshape(array.shape)
+
+    return convert
+
+
+def _encode_strings(array: Array) -> Array:
+    return objects([element.encode() for element in array.reshape(-1).tolist()], array.shape)
+
+
+def _columns(output: OnnxTensor, model: str) -> Convert:
+    """A sequence of maps {label: value} as the tensor [rows, labels].
+
+    The columns stand in the order that the file's signature has, else in that of the first row that ever comes.
+    """
+    assert output.datatype is not None
+    dtype, keys = output.datatype.dtype, output.keys
+
+    def convert(maps: list[dict[Key, Any]]) -> Array:
+        nonlocal keys
+        if maps and not keys:
+            keys = tuple(maps[0])
+        for number, row in enumerate(maps):
+            if len(row) != len(keys) or any(key not in row for key in keys):
+                raise ServingError(
+                    Kind.INTERNAL,
+                    f"output '{output.name}' of model '{model}': row {number} has the labels {list(row)}, "
+                    f"expected {list(keys)}",
+                )
+        return np.array([[row[key] for key in keys] for row in maps], dtype).reshape(len(maps), len(keys))
+
+    return convert

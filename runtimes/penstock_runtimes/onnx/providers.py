@@ -1,0 +1,195 @@
+"""Which execution providers an instance asks for, and why one that was asked for is not there."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import io
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnxruntime
+from penstock import pb
+from penstock.errors import Kind, ServingError
+from penstock.runtime import Placement
+
+from penstock_runtimes.onnx.parameters import Parameters
+
+CPU, CUDA, TENSORRT, OPENVINO = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt", "OpenVINO"))
+
+DRIVER = "libcuda.so.1"  # comes with NVIDIA's driver, never with CUDA
+LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
+
+Provider: TypeAlias = tuple[str, dict[str, str]]
+Library: TypeAlias = Callable[[str], object]  # loads a shared library, or raises OSError
+
+# Triton's names for model parameters that are CUDA provider options, with Triton's values.
+_CUDA_VALUES = {
+    "cudnn_conv_algo_search": {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"},
+    "arena_extend_strategy": {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"},
+}
+
+_TENSORRT_NAMES = {
+    "max_workspace_size_bytes": "trt_max_workspace_size",
+    "int8_calibration_table_name": "trt_int8_calibration_table_name",
+    "int8_use_native_calibration_table": "trt_int8_use_native_calibration_table",
+} | {
+    name: name
+    for name in (
+        "trt_max_partition_iterations", "trt_min_subgraph_size", "trt_dla_enable", "trt_dla_core",
+        "trt_engine_cache_enable", "trt_engine_cache_path", "trt_engine_cache_prefix", "trt_dump_subgraphs",
+        "trt_force_sequential_engine_build", "trt_context_memory_sharing_enable", "trt_layer_norm_fp32_fallback",
+        "trt_timing_cache_enable", "trt_timing_cache_path", "trt_force_timing_cache", "trt_detailed_build_log",
+        "trt_build_heuristics_enable", "trt_sparsity_enable", "trt_builder_optimization_level",
+        "trt_auxiliary_streams", "trt_tactic_sources", "trt_extra_plugin_lib_paths", "trt_profile_min_shapes",
+        "trt_profile_max_shapes", "trt_profile_opt_shapes", "trt_cuda_graph_enable", "trt_dump_ep_context_model",
+        "trt_ep_context_file_path", "trt_ep_context_embed_mode",
+    )
+}  # fmt: skip
+_TENSORRT_PRECISION: Mapping[str, dict[str, str]] = {
+    "FP32": {},
+    "FP16": {"trt_fp16_enable": "1"},
+    "BF16": {"trt_bf16_enable": "1"},
+    "INT8": {"trt_int8_enable": "1"},
+}
+
+
+def wanted(config: pb.ModelConfig, place: Placement, defaults: Mapping[str, str]) -> list[Provider]:
+    """The providers of an instance on `place`, most preferred first, with their options; the CPU is always last.
+
+    From `optimization.execution_accelerators` and, over them, the older model parameters of Triton; where neither says
+    anything, from `defaults`. Raises ServingError(INVALID) for names and values that there are not.
+    """
+    accelerators = config.optimization.execution_accelerators
+    providers: list[Provider] = []
+    if place.device == "cpu":
+        for accelerator in accelerators.cpu_execution_accelerator:
+            if accelerator.name != "openvino":
+                raise _unknown(accelerator.name)
+            providers.append((OPENVINO, {"device_type": "CPU"}))
+    else:
+        cuda: dict[str, str] = {}
+        for accelerator in accelerators.gpu_execution_accelerator:
+            if accelerator.name == "tensorrt":
+                options = _tensorrt_options(accelerator.parameters)
+                providers.append((TENSORRT, {"device_id": str(place.device_id), **options}))
+            elif accelerator.name == "cuda":
+                cuda = dict(accelerator.parameters)
+                for key in ("do_copy_in_default_stream", "use_ep_level_unified_stream"):
+                    Parameters(f"model '{config.name}'", cuda).boolean(key)
+            else:
+                raise _unknown(accelerator.name)
+        cuda = cuda_options(Parameters("", defaults)) | cuda | cuda_options(Parameters.of(config))
+        providers.append((CUDA, {**cuda, "device_id": str(place.device_id)}))
+    return [*providers, (CPU, {})]
+
+
+def _unknown(name: str) -> ServingError:
+    return ServingError(Kind.INVALID, f"unknown Execution Accelerator '{name}' is requested")
+
+
+def _tensorrt_options(parameters: Mapping[str, str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for key, value in parameters.items():
+        if key == "precision_mode":
+            if value not in _TENSORRT_PRECISION:
+                raise ServingError(Kind.INVALID, f"unsupported precision mode '{value}' is requested")
+            options |= _TENSORRT_PRECISION[value]
+        elif key in _TENSORRT_NAMES:
+            options[_TENSORRT_NAMES[key]] = value
+        else:
+            raise ServingError(
+                Kind.INVALID, f"unknown parameter '{key}' is provided for TensorRT Execution Accelerator"
+            )
+    return options
+
+
+def cuda_options(parameters: Parameters) -> dict[str, str]:
+    """The CUDA provider options among a model's parameters. Raises ServingError(INVALID) for a value there is not."""
+    options: dict[str, str] = {}
+    for key, values in _CUDA_VALUES.items():
+        if key in parameters.values:
+            value = parameters.text(key)
+            if value not in values:
+                raise ServingError(Kind.INVALID, f"unsupported {key} value '{value}' is requested")
+            options[key] = values[value]
+    if (limit_bytes := parameters.integer("gpu_mem_limit")) is not None:
+        options["gpu_mem_limit"] = str(limit_bytes)
+    if (copies := parameters.boolean("do_copy_in_default_stream")) is not None:
+        options["do_copy_in_default_stream"] = str(int(copies))
+    return options
+
+
+def missing(asked: Sequence[Provider], got: Sequence[str], available: Sequence[str]) -> str | None:
+    """Why the first provider that was asked for is not among those that a session `got`; None if all are.
+
+    ONNX Runtime builds a session without a provider that does not load, and says so on standard error at best.
+    `available` are the providers that this build has.
+    """
+    for name, _ in asked:
+        if name not in got:
+            return f"{name} is not in use: {explain(name, available)}"
+    return None
+
+
+def explain(name: str, available: Sequence[str], library: Library = ctypes.CDLL) -> str:
+    """What keeps a provider from loading, as far as it can be found out. `library` loads a shared library.
+
+    Call it only after ONNX Runtime has tried to start the provider: its library, loaded before, starts without the host
+    that ONNX Runtime gives it.
+    """
+    if name not in available:
+        hint = "; for CUDA install penstock[gpu] instead of penstock[cpu]" if name in LIBRARIES else ""
+        return f"this build of ONNX Runtime ({onnxruntime.__version__}) does not have it{hint}"
+    faults = []
+    if name in LIBRARIES:
+        if fault := _fault(DRIVER, library):
+            faults.append(f"the NVIDIA driver is not there ({fault})")
+        fault = _fault(str(Path(onnxruntime.__file__).parent / "capi" / LIBRARIES[name]), library)
+        # The provider leans on the driver itself, and on a symbol that only ONNX Runtime's own loader brings.
+        if fault and not fault.startswith(DRIVER) and "Provider_GetHost" not in fault:
+            what = "is missing" if "cannot open" in fault else "does not fit"
+            hint = "; penstock[gpu] brings those of CUDA" if name == CUDA else ""
+            faults.append(f"a library {what} ({fault}){hint}")
+    return " and ".join(faults) or "its libraries load, but ONNX Runtime could not start it"
+
+
+def _fault(path: str, library: Library) -> str:
+    try:
+        library(path)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+_preparing = threading.Lock()
+
+
+def prepare() -> None:
+    """Let ONNX Runtime find CUDA and cuDNN where pip put them. Harmless where it has no GPU support.
+
+    What it would print of libraries that are not there, once per session and in four places, `explain` says once.
+    """
+    preload_dlls: Any = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if preload_dlls is not None and CUDA in onnxruntime.get_available_providers():
+        with _preparing, contextlib.redirect_stdout(io.StringIO()):
+            preload_dlls()
+        onnxruntime.set_default_logger_severity(4)
+
+
+def installed_twice(version: Callable[[str], str] = importlib.metadata.version) -> str | None:
+    """A warning where both packages of ONNX Runtime are installed; None where one is.
+
+    `version` gives the version of a package or raises PackageNotFoundError.
+    """
+    found = []
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    if len(found) < 2:
+        return None
+    return (
+        f"both {' and '.join(found)} are installed: they share one import name, and files of one have overwritten "
+        "files of the other. Uninstall both, then install penstock[cpu] or penstock[gpu]"
+    )

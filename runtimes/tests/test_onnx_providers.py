@@ -1,0 +1,252 @@
+import importlib.metadata
+from collections.abc import Callable
+
+import pytest
+from google.protobuf import text_format
+from penstock import pb
+from penstock.errors import Kind, ServingError
+from penstock.runtime import Placement
+from penstock_runtimes.onnx import providers
+from penstock_runtimes.onnx.parameters import Parameters
+from penstock_runtimes.onnx.providers import CPU, CUDA, OPENVINO, TENSORRT
+
+GPU_BUILD = [TENSORRT, CUDA, CPU]
+ON_CPU, ON_GPU = Placement("cpu"), Placement("cuda", 3)
+
+# What the loader of shared libraries said where they were not there.
+NO_DRIVER = "libcuda.so.1: cannot open shared object file: No such file or directory"
+NO_CUBLAS = "libcublasLt.so.13: cannot open shared object file: No such file or directory"
+
+
+def configuration(text: str) -> pb.ModelConfig:
+    config = pb.ModelConfig()
+    text_format.Parse('name: "m" ' + text, config, descriptor_pool=pb.POOL)
+    return config
+
+
+def gpu(accelerators: str, rest: str = "") -> pb.ModelConfig:
+    return configuration(
+        f"optimization {{ execution_accelerators {{ gpu_execution_accelerator [ {accelerators} ] }} }} {rest}"
+    )
+
+
+def parameter(key: str, value: str) -> str:
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }} '
+
+
+def loader(**faults: str) -> Callable[[str], object]:
+    """Loads every library but those whose path contains a key of `faults`."""
+
+    def load(library: str) -> None:
+        for part, fault in faults.items():
+            if part in library:
+                raise OSError(fault)
+
+    return load
+
+
+def test_an_instance_on_the_cpu_asks_for_the_cpu_alone() -> None:
+    assert providers.wanted(gpu('{ name: "tensorrt" }'), ON_CPU, {}) == [(CPU, {})]
+
+
+def test_an_instance_on_a_gpu_asks_for_cuda_on_its_device_and_for_the_cpu_last() -> None:
+    assert providers.wanted(configuration(""), ON_GPU, {}) == [(CUDA, {"device_id": "3"}), (CPU, {})]
+
+
+def test_openvino_is_for_instances_on_the_cpu() -> None:
+    text = 'optimization { execution_accelerators { cpu_execution_accelerator { name: "openvino" } } }'
+    assert providers.wanted(configuration(text), ON_CPU, {}) == [(OPENVINO, {"device_type": "CPU"}), (CPU, {})]
+    assert providers.wanted(configuration(text), ON_GPU, {}) == [(CUDA, {"device_id": "3"}), (CPU, {})]
+
+
+def test_tensorrt_stands_before_cuda_with_its_options_by_the_names_of_onnx_runtime() -> None:
+    config = gpu(
+        '{ name: "cuda" parameters { key: "use_tf32" value: "0" } }, { name: "tensorrt"'
+        ' parameters { key: "precision_mode" value: "FP16" }'
+        ' parameters { key: "max_workspace_size_bytes" value: "1000" }'
+        ' parameters { key: "trt_engine_cache_enable" value: "1" } }'
+    )
+    assert providers.wanted(config, ON_GPU, {}) == [
+        (
+            TENSORRT,
+            {
+                "device_id": "3",
+                "trt_fp16_enable": "1",
+                "trt_max_workspace_size": "1000",
+                "trt_engine_cache_enable": "1",
+            },
+        ),
+        (CUDA, {"use_tf32": "0", "device_id": "3"}),
+        (CPU, {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("FP32", {}),
+        ("FP16", {"trt_fp16_enable": "1"}),
+        ("BF16", {"trt_bf16_enable": "1"}),
+        ("INT8", {"trt_int8_enable": "1"}),
+    ],
+)
+def test_a_precision_mode_of_tensorrt_is_one_option(mode: str, options: dict[str, str]) -> None:
+    config = gpu(f'{{ name: "tensorrt" parameters {{ key: "precision_mode" value: "{mode}" }} }}')
+    assert providers.wanted(config, ON_GPU, {})[0] == (TENSORRT, {"device_id": "3", **options})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [
+        ("cudnn_conv_algo_search", "0", "EXHAUSTIVE"),
+        ("cudnn_conv_algo_search", "1", "HEURISTIC"),
+        ("cudnn_conv_algo_search", "2", "DEFAULT"),
+        ("arena_extend_strategy", "0", "kNextPowerOfTwo"),
+        ("arena_extend_strategy", "1", "kSameAsRequested"),
+        ("gpu_mem_limit", "2147483648", "2147483648"),
+        ("do_copy_in_default_stream", "false", "0"),
+    ],
+)
+def test_a_model_parameter_is_a_cuda_option_in_tritons_values(key: str, value: str, option: str) -> None:
+    config = configuration(parameter(key, value))
+    assert providers.wanted(config, ON_GPU, {})[0] == (CUDA, {key: option, "device_id": "3"})
+
+
+def test_a_model_parameter_beats_the_accelerator_which_beats_the_default() -> None:
+    defaults = {"gpu_mem_limit": "1", "arena_extend_strategy": "1", "cudnn_conv_algo_search": "2"}
+    config = gpu(
+        '{ name: "cuda" parameters { key: "gpu_mem_limit" value: "2" }'
+        ' parameters { key: "arena_extend_strategy" value: "kNextPowerOfTwo" } }',
+        parameter("gpu_mem_limit", "3"),
+    )
+    assert providers.wanted(config, ON_GPU, defaults)[0] == (
+        CUDA,
+        {
+            "gpu_mem_limit": "3",
+            "arena_extend_strategy": "kNextPowerOfTwo",
+            "cudnn_conv_algo_search": "DEFAULT",
+            "device_id": "3",
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (gpu('{ name: "gpu" }'), "unknown Execution Accelerator 'gpu' is requested"),
+        (
+            gpu('{ name: "tensorrt" parameters { key: "precision_mode" value: "FP8" } }'),
+            "unsupported precision mode 'FP8' is requested",
+        ),
+        (
+            gpu('{ name: "tensorrt" parameters { key: "speed" value: "1" } }'),
+            "unknown parameter 'speed' is provided for TensorRT Execution Accelerator",
+        ),
+        (
+            gpu('{ name: "cuda" parameters { key: "use_ep_level_unified_stream" value: "maybe" } }'),
+            "model 'm': parameter 'use_ep_level_unified_stream' expects 0, 1, true or false, got 'maybe'",
+        ),
+        (
+            configuration(parameter("cudnn_conv_algo_search", "3")),
+            "unsupported cudnn_conv_algo_search value '3' is requested",
+        ),
+        (
+            configuration(parameter("arena_extend_strategy", "kSameAsRequested")),
+            "unsupported arena_extend_strategy value 'kSameAsRequested' is requested",
+        ),
+        (
+            configuration(parameter("gpu_mem_limit", "2G")),
+            "model 'm': parameter 'gpu_mem_limit' expects a whole number, got '2G'",
+        ),
+    ],
+)
+def test_a_name_or_value_that_there_is_not_is_refused(config: pb.ModelConfig, message: str) -> None:
+    with pytest.raises(ServingError) as caught:
+        providers.wanted(config, ON_GPU, {})
+    assert (caught.value.kind, caught.value.message) == (Kind.INVALID, message)
+
+
+def test_an_unknown_accelerator_for_the_cpu_is_refused() -> None:
+    config = configuration('optimization { execution_accelerators { cpu_execution_accelerator { name: "cuda" } } }')
+    with pytest.raises(ServingError, match=r"^unknown Execution Accelerator 'cuda' is requested$"):
+        providers.wanted(config, ON_CPU, {})
+
+
+def test_cuda_options_are_told_apart_from_other_parameters() -> None:
+    assert providers.cuda_options(Parameters("m", {"execution_mode": "1", "gpu_mem_limit": "5"})) == {
+        "gpu_mem_limit": "5"
+    }
+
+
+def test_nothing_is_missing_where_a_session_got_all_that_was_asked_for() -> None:
+    assert providers.missing([(CUDA, {}), (CPU, {})], [CUDA, CPU], GPU_BUILD) is None
+
+
+def test_the_first_provider_that_a_session_did_not_get_is_missing() -> None:
+    reason = providers.missing([(OPENVINO, {}), (CUDA, {}), (CPU, {})], [CPU], [OPENVINO, *GPU_BUILD])
+    assert reason == (
+        "OpenVINOExecutionProvider is not in use: its libraries load, but ONNX Runtime could not start it"
+    )
+
+
+def test_a_build_without_cuda_is_told_from_one_that_cannot_load_it() -> None:
+    explained = providers.explain(CUDA, [CPU])
+    assert explained.startswith("this build of ONNX Runtime (")
+    assert explained.endswith(" does not have it; for CUDA install penstock[gpu] instead of penstock[cpu]")
+    assert providers.explain(OPENVINO, [CPU]).endswith(" does not have it")
+
+
+@pytest.mark.parametrize(
+    ("faults", "explained"),
+    [
+        ({"libcuda.so.1": NO_DRIVER, "providers_cuda": NO_DRIVER}, f"the NVIDIA driver is not there ({NO_DRIVER})"),
+        (
+            {"providers_cuda": NO_CUBLAS},
+            f"a library is missing ({NO_CUBLAS}); penstock[gpu] brings those of CUDA",
+        ),
+        (
+            {"libcuda.so.1": NO_DRIVER, "providers_cuda": NO_CUBLAS},
+            f"the NVIDIA driver is not there ({NO_DRIVER}) and "
+            f"a library is missing ({NO_CUBLAS}); penstock[gpu] brings those of CUDA",
+        ),
+        (
+            {"providers_cuda": "libm.so.6: version `GLIBC_2.99' not found"},
+            "a library does not fit (libm.so.6: version `GLIBC_2.99' not found); penstock[gpu] brings those of CUDA",
+        ),
+        (
+            {"providers_cuda": "undefined symbol: Provider_GetHost"},
+            "its libraries load, but ONNX Runtime could not start it",
+        ),
+        ({}, "its libraries load, but ONNX Runtime could not start it"),
+    ],
+)
+def test_what_keeps_cuda_from_loading_is_named(faults: dict[str, str], explained: str) -> None:
+    assert providers.explain(CUDA, GPU_BUILD, loader(**faults)) == explained
+
+
+def test_a_missing_library_of_tensorrt_is_named_without_the_hint_for_cuda() -> None:
+    fault = "libnvinfer.so.10: cannot open shared object file: No such file or directory"
+    assert providers.explain(TENSORRT, GPU_BUILD, loader(providers_tensorrt=fault)) == f"a library is missing ({fault})"
+
+
+def test_preparing_prints_nothing_whatever_is_installed(capfd: pytest.CaptureFixture[str]) -> None:
+    providers.prepare()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_both_packages_of_onnx_runtime_at_once_are_warned_of() -> None:
+    versions = {"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.31.1"}
+    assert providers.installed_twice(versions.__getitem__) == (
+        "both onnxruntime 1.30.0 and onnxruntime-gpu 1.31.1 are installed: they share one import name, and files of "
+        "one have overwritten files of the other. Uninstall both, then install penstock[cpu] or penstock[gpu]"
+    )
+
+
+@pytest.mark.parametrize("installed", ["onnxruntime", "onnxruntime-gpu"])
+def test_either_package_alone_is_fine(installed: str) -> None:
+    def version(package: str) -> str:
+        if package != installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.31.1"
+
+    assert providers.installed_twice(version) is None

@@ -1,0 +1,160 @@
+"""The client over HTTP: tensors in binary both ways. Protocol: binary tensor data extension."""
+
+import http.client
+import itertools
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import orjson
+
+from penstock.client.transport import (
+    Metadata,
+    datatype,
+    from_elements,
+    member,
+    refusal,
+    tensors,
+    unpack,
+)
+from penstock.errors import Kind, ServingError
+from penstock.messages import InferRequest, InferResponse, RequestedOutput
+from penstock.tensor import Array, Tensor, pack
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+class Http:
+    """One connection to the server at `url`: http or https, with or without a path before /v2.
+
+    Raises ServingError(INVALID) for a URL that is none.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url if "://" in url else f"http://{url}"
+        parts = urlsplit(self._url)
+        schemes = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        try:
+            self._connection = schemes[parts.scheme](parts.hostname or "", parts.port)
+        except (KeyError, ValueError):
+            raise ServingError(Kind.INVALID, f"--url expects http://HOST:PORT, got '{url}'") from None
+        self._prefix = parts.path.rstrip("/")
+
+    def metadata(self, model: str, version: str) -> Metadata:
+        _, body = self._ask("GET", _path(model, version), {}, [])
+        document = _parse(body)
+        return Metadata(
+            *(
+                tensors(
+                    (member(entry, "name", str), member(entry, "datatype", str), member(entry, "shape", list))
+                    for entry in member(document, side, list)
+                )
+                for side in ("inputs", "outputs")
+            )
+        )
+
+    def infer(self, request: InferRequest) -> InferResponse:
+        head, buffers = encode(request)
+        headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
+        path = f"{_path(request.model, request.version)}/infer"
+        length, body = self._ask("POST", path, headers, [head, *buffers])
+        return decode(body, length)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _ask(
+        self, verb: str, path: str, headers: dict[str, str], body: list[bytes | memoryview]
+    ) -> tuple[int | None, bytes]:
+        """An answer of status 200, and the length of its JSON where binary data follows."""
+        if body:
+            headers |= {"Content-Length": str(sum(map(len, body)))}
+        try:
+            self._connection.request(verb, self._prefix + path, body or None, headers)
+            response = self._connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise ServingError(Kind.UNAVAILABLE, f"cannot ask {self._url}: {error or type(error).__name__}") from error
+        if response.status != HTTPStatus.OK:
+            raise refusal(f"HTTP {response.status} {response.reason}", response.status, _reason(answer))
+        length = response.headers.get(HEADER_LENGTH)
+        if length is not None and not (length.isdecimal() and int(length) <= len(answer)):
+            raise ServingError(Kind.INTERNAL, f"the server's answer has {len(answer)} bytes, {HEADER_LENGTH} {length}")
+        return (None if length is None else int(length)), answer
+
+
+def encode(request: InferRequest) -> tuple[bytes, list[bytes | memoryview]]:
+    """The JSON of a request, and the tensors that follow it."""
+    inputs, buffers = [], []
+    for tensor in request.inputs.values():
+        data = pack(tensor.array, tensor.datatype)
+        inputs.append(_tensor(tensor, len(data)))
+        if len(data):
+            buffers.append(data)
+    document: dict[str, Any] = {"inputs": inputs, "parameters": {"binary_data_output": True}}
+    if request.id:
+        document["id"] = request.id
+    if request.outputs:
+        document["outputs"] = [_output(output) for output in request.outputs.values()]
+    return orjson.dumps(document), buffers
+
+
+def decode(body: bytes, length: int | None) -> InferResponse:
+    """The response in a body whose first `length` bytes are JSON (None: all), whichever form each output has."""
+    view = memoryview(body)
+    offset = len(view) if length is None else length
+    document = _parse(view[:offset])
+    outputs = []
+    for entry in member(document, "outputs", list):
+        name, of = member(entry, "name", str), datatype(member(entry, "datatype", str))
+        shape = member(entry, "shape", list)
+        array: Array
+        if "data" in entry:
+            array = from_elements(name, of, shape, _flat(member(entry, "data", list)))
+        else:
+            size = member(member(entry, "parameters", dict), "binary_data_size", int)
+            array = unpack(name, of, shape, view[offset : offset + size])
+            offset += size
+        outputs.append(Tensor(name, of, array))
+    model, version = member(document, "model_name", str), document.get("model_version") or ""
+    return InferResponse(model, version, document.get("id") or "", outputs)
+
+
+def _tensor(tensor: Tensor, size: int) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "datatype": tensor.datatype.name,
+        "shape": tensor.array.shape,
+        "parameters": {"binary_data_size": size},
+    }
+
+
+def _output(output: RequestedOutput) -> dict[str, Any]:
+    classes = {"classification": output.classification} if output.classification else {}
+    return {"name": output.name, "parameters": {"binary_data": True, **classes}}
+
+
+def _path(model: str, version: str) -> str:
+    path = f"/v2/models/{quote(model, safe='')}"
+    return f"{path}/versions/{quote(version, safe='')}" if version else path
+
+
+def _parse(body: bytes | memoryview) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ServingError(Kind.INTERNAL, f"the server's answer is no JSON: {error}") from error
+
+
+def _flat(nested: list[Any]) -> list[Any]:
+    while any(isinstance(item, list) for item in nested):
+        nested = list(itertools.chain.from_iterable(nested))
+    return nested
+
+
+def _reason(answer: bytes) -> str:
+    """The text of a refusal: the protocol's `error`, or the body as it is where another program has answered."""
+    try:
+        return str(orjson.loads(answer)["error"])
+    except (ValueError, KeyError, TypeError):
+        return answer[:500].decode(errors="replace").strip() or "no reason was given"

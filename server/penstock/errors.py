@@ -1,0 +1,41 @@
+"""The one kind of failure that a client is told about, and the closed set of its kinds."""
+
+from enum import Enum
+
+
+class Kind(Enum):
+    """Whose fault it was and whether to try again. Each door maps every kind to its own status."""
+
+    INVALID = "Invalid argument"
+    UNAUTHENTICATED = "Unauthenticated"
+    FORBIDDEN = "Forbidden"
+    NOT_FOUND = "Not found"
+    EXISTS = "Already exists"
+    TOO_LARGE = "Too large"
+    LIMITED = "Limited"
+    UNAVAILABLE = "Unavailable"
+    TIMED_OUT = "Timed out"
+    DEADLINE = "Deadline exceeded"
+    CANCELLED = "Cancelled"
+    UNSUPPORTED = "Unsupported"
+    INTERNAL = "Internal"
+
+    @property
+    def title(self) -> str:
+        """The kind as the repository index prints it before a message, such as `Invalid argument`."""
+        return self.value
+
+
+class ServingError(Exception):
+    """A request or a load that failed: its kind, and a message that says what was expected and what came."""
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[type["ServingError"], tuple[Kind, str]]:
+        return ServingError, (self.kind, self.message)

@@ -1,0 +1,177 @@
+"""A gRPC call, whichever transport carries it: the two kinds of row that serve one, and what they are given."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Generic, Protocol, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from penstock.engine import Engine
+from penstock.errors import Kind, ServingError
+from penstock.forwarding import HeaderPattern
+
+logger = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+DETAILS_LIMIT = 2500  # bytes: percent-encoded three times that, and clients refuse trailers from 8 KiB on
+
+
+class Status(IntEnum):
+    """gRPC's status codes, as far as this server gives them."""
+
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+STATUS: dict[Kind, Status] = {
+    Kind.INVALID: Status.INVALID_ARGUMENT,
+    Kind.UNAUTHENTICATED: Status.UNAUTHENTICATED,
+    Kind.FORBIDDEN: Status.PERMISSION_DENIED,
+    Kind.NOT_FOUND: Status.NOT_FOUND,
+    Kind.EXISTS: Status.ALREADY_EXISTS,
+    Kind.TOO_LARGE: Status.RESOURCE_EXHAUSTED,
+    Kind.LIMITED: Status.RESOURCE_EXHAUSTED,
+    Kind.UNAVAILABLE: Status.UNAVAILABLE,
+    Kind.TIMED_OUT: Status.UNAVAILABLE,
+    Kind.DEADLINE: Status.DEADLINE_EXCEEDED,
+    Kind.CANCELLED: Status.CANCELLED,
+    Kind.UNSUPPORTED: Status.UNIMPLEMENTED,
+    Kind.INTERNAL: Status.INTERNAL,
+}
+
+
+def details(error: ServingError) -> str:
+    """The message as `grpc-message` can carry it: a longer one would cost the client the status as well."""
+    return error.message.encode()[:DETAILS_LIMIT].decode(errors="ignore")
+
+
+class Door:
+    """What every call shares."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Raises ServingError(INVALID) where the header forward pattern is no regular expression."""
+        self.engine = engine
+        self.limit_bytes = engine.settings.grpc_max_message_size
+        self.forward = HeaderPattern(engine.settings.grpc_header_forward_pattern, "--grpc-header-forward-pattern")
+
+
+@dataclass(slots=True)
+class Call:
+    """What came beside the messages of one call."""
+
+    metadata: Sequence[tuple[str, str | bytes]]  # keys in lower case
+    deadline_ns: int = 0  # monotonic; 0 means: none
+
+    def gone(self) -> ServingError:
+        """Why nobody waits for the answer any more: the deadline has passed, or else the client has cancelled."""
+        if self.deadline_ns and time.monotonic_ns() >= self.deadline_ns:
+            return ServingError(Kind.DEADLINE, "the deadline passed before the request was answered")
+        return ServingError(Kind.CANCELLED, "the client cancelled the request")
+
+
+class Cancellable(Protocol):
+    """Work that a call waits for, such as a Pending."""
+
+    def cancel(self, reason: ServingError) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unary(Generic[Request, Answer]):
+    """A row: one request, one answer.
+
+    `serve` runs on the event loop and calls `reply` there exactly once, now or later, unless it raises. What it
+    returns is cancelled when the client goes away.
+    """
+
+    path: str
+    decode: Callable[[bytes], Request]
+    encode: Callable[[Answer], bytes]
+    serve: Callable[[Door, Request, Call, Callable[[Answer | ServingError], None]], Cancellable | None]
+
+    def answer(
+        self, door: Door, body: bytes, call: Call, reply: Callable[[bytes | ServingError], None]
+    ) -> Cancellable | None:
+        """Serve a message: bytes in, bytes out. Never raises, and calls `reply` once on the event loop."""
+
+        def finish(answer: Answer | ServingError) -> None:
+            reply(answer if isinstance(answer, ServingError) else self._encoded(answer, door.limit_bytes))
+
+        try:
+            return self.serve(door, _decoded(self.decode, body), call, finish)
+        except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
+            reply(failure(self.path, error))
+            return None
+
+    def _encoded(self, answer: Answer, limit_bytes: int) -> bytes | ServingError:
+        try:
+            return _sized(self.encode(answer), limit_bytes)
+        except Exception as error:  # noqa: BLE001 - as above
+            return failure(self.path, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(Generic[Request, Answer]):
+    """A row: any number of messages either way. `serve` ends when it has answered and no more requests come.
+
+    A client that goes away closes the iteration.
+    """
+
+    path: str
+    decode: Callable[[bytes], Request]
+    encode: Callable[[Answer], bytes]
+    serve: Callable[[Door, AsyncIterator[Request], Call], AsyncGenerator[Answer, None]]
+    drains: bool  # whether a server that stops waits for its calls; others end at once
+
+    async def answers(self, door: Door, bodies: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
+        """Serve messages: bytes in, bytes out. Raises ServingError only."""
+        try:
+            async with aclosing(self.serve(door, self._messages(bodies), call)) as answers:
+                async for answer in answers:
+                    yield _sized(self.encode(answer), door.limit_bytes)
+        except ServingError:
+            raise
+        except Exception as error:
+            raise failure(self.path, error) from error
+
+    async def _messages(self, bodies: AsyncIterator[bytes]) -> AsyncGenerator[Request, None]:
+        async for body in bodies:
+            yield _decoded(self.decode, body)
+
+
+def failure(path: str, error: BaseException) -> ServingError:
+    """What a client is told of an exception: ServingError as it is, anything else as INTERNAL, logged in full."""
+    if isinstance(error, ServingError):
+        return error
+    logger.error("%s failed", path, exc_info=error)
+    return ServingError(Kind.INTERNAL, f"{path} failed: {type(error).__name__}: {error}")
+
+
+def _decoded(decode: Callable[[bytes], Request], body: bytes) -> Request:
+    try:
+        return decode(body)
+    except DecodeError as error:
+        raise ServingError(Kind.INVALID, f"malformed request message: {error}") from error
+
+
+def _sized(body: bytes, limit_bytes: int) -> bytes:
+    if len(body) > limit_bytes:
+        raise ServingError(
+            Kind.TOO_LARGE,
+            f"Response has byte size {len(body)} which exceeds gRPC's byte size limit {limit_bytes}.",
+        )
+    return body

@@ -1,0 +1,118 @@
+"""The table of methods on grpcio's server: bytes in, bytes out, and no options of its own."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+
+from penstock.errors import Kind, ServingError
+from penstock.grpc_api.calls import STATUS, Call, Door, Stream, Unary, details
+from penstock.grpc_api.methods import METHODS
+from penstock.settings import Settings
+
+CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+STOPPING = "GRPC server is shutting down and has stopped accepting new requests."
+
+
+class GrpcioServer(grpc.GenericRpcHandler):
+    """A listening gRPC server. Used on one event loop."""
+
+    def __init__(self, door: Door, settings: Settings) -> None:
+        self._door = door
+        self._limit_bytes = settings.grpc_max_message_size
+        self._handlers = {
+            path: self._unary(row) if isinstance(row, Unary) else self._stream(row) for path, row in METHODS.items()
+        }
+        self._server: grpc.aio.Server | None = None
+        self._endless: set[asyncio.Task[Any]] = set()  # calls that a stop does not wait for
+        self._stopping = False
+
+    async def start(self, address: tuple[str, int]) -> int:
+        """Listen on (host, port) and return the port, which for port 0 is a free one.
+
+        Raises ServingError(UNAVAILABLE) where the address cannot be had.
+        """
+        host, port = address
+        self._server = grpc.aio.server(
+            handlers=(self,),
+            options=(
+                ("grpc.max_receive_message_length", self._limit_bytes),
+                ("grpc.max_send_message_length", self._limit_bytes),
+                ("grpc.so_reuseport", 0),  # else a second server would take over half of the connections, silently
+            ),
+        )
+        try:
+            bound = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        except RuntimeError as error:
+            raise ServingError(
+                Kind.UNAVAILABLE, f"cannot listen for gRPC on {host}:{port}: is the port in use already?"
+            ) from error
+        await self._server.start()
+        return bound
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept nothing more; give calls `grace_s` seconds to finish, then cancel them. Watches end at once."""
+        self._stopping = True
+        for task in self._endless:
+            task.cancel()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        """The handler of a path; None makes the call UNIMPLEMENTED."""
+        return self._handlers.get(handler_call_details.method)
+
+    def _unary(self, row: Unary[Any, Any]) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        async def handle(body: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
+            future: asyncio.Future[bytes | ServingError] = asyncio.get_running_loop().create_future()
+
+            def reply(answer: bytes | ServingError) -> None:
+                if not future.done():  # else the client has gone away
+                    future.set_result(answer)
+
+            call = _call(context)
+            pending = row.answer(self._door, body, call, reply)
+            try:
+                answer = await future
+            except asyncio.CancelledError:
+                if pending is not None:
+                    pending.cancel(call.gone())
+                raise
+            if isinstance(answer, ServingError):
+                await _abort(context, answer)
+            return answer
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _stream(self, row: Stream[Any, Any]) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        async def handle(bodies: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
+            task = asyncio.current_task()
+            if task is not None and not row.drains:
+                self._endless.add(task)
+                task.add_done_callback(self._endless.discard)
+            try:
+                async with aclosing(row.answers(self._door, bodies, _call(context))) as answers:
+                    async for answer in answers:
+                        await context.write(answer)
+            except ServingError as error:
+                await _abort(context, error)
+            except asyncio.CancelledError:
+                if not self._stopping or row.drains:
+                    raise
+                await _abort(context, ServingError(Kind.UNAVAILABLE, STOPPING))
+
+        # On the wire a single request is a stream that ends after it, so one kind of handler serves every stream.
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _call(context: "grpc.aio.ServicerContext[bytes, bytes]") -> Call:
+    left_s = context.time_remaining()
+    deadline_ns = 0 if left_s is None else time.monotonic_ns() + int(left_s * 1e9)
+    return Call(tuple(context.invocation_metadata() or ()), deadline_ns)
+
+
+async def _abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: ServingError) -> NoReturn:
+    await context.abort(CODES[STATUS[error.kind]], details(error))

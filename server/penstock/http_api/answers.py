@@ -1,0 +1,62 @@
+"""An answer over HTTP: status, headers and body; and the one table from kinds of failure to statuses."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import orjson
+
+from penstock.errors import Kind, ServingError
+
+logger = logging.getLogger(__name__)
+
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+Body: TypeAlias = Sequence[bytes | memoryview]
+Answer: TypeAlias = tuple[int, Headers, Body]
+Reply: TypeAlias = Callable[[int, Headers, Body], None]
+
+STATUS: dict[Kind, int] = {
+    Kind.INVALID: 400,
+    Kind.UNAUTHENTICATED: 401,
+    Kind.FORBIDDEN: 403,
+    Kind.NOT_FOUND: 404,
+    Kind.EXISTS: 400,
+    Kind.TOO_LARGE: 413,
+    Kind.LIMITED: 429,
+    Kind.UNAVAILABLE: 503,
+    Kind.TIMED_OUT: 503,
+    Kind.DEADLINE: 504,
+    Kind.CANCELLED: 499,
+    Kind.UNSUPPORTED: 501,
+    Kind.INTERNAL: 500,
+}
+
+RETRY_AFTER_S = b"1"
+
+
+def answer(status: int, body: Body, *headers: tuple[bytes, bytes], content_type: bytes = b"application/json") -> Answer:
+    length = sum(map(len, body))
+    return status, [(b"content-type", content_type), (b"content-length", b"%d" % length), *headers], body
+
+
+def dumped(status: int, value: Any) -> Answer:
+    """`value` as JSON; bytes as they are."""
+    return answer(status, [value if isinstance(value, bytes) else orjson.dumps(value)])
+
+
+def failed(status: int, message: str, *headers: tuple[bytes, bytes]) -> Answer:
+    return answer(status, [orjson.dumps({"error": message})], *headers)
+
+
+def failure(error: Exception, id: str = "") -> Answer:
+    """What a client is told of an exception. One that is no ServingError is logged in full under the request's id."""
+    if not isinstance(error, ServingError):
+        name = id or "<id_unknown>"
+        logger.error("request %s failed", name, exc_info=error)
+        return failed(500, f"[request id: {name}] internal error: {type(error).__name__}; the server's log says more")
+    status = STATUS[error.kind]
+    return failed(status, error.message, *([(b"retry-after", RETRY_AFTER_S)] if status == 503 else []))
+
+
+NOT_FOUND = failed(404, "Not Found")
+METHOD_NOT_ALLOWED = failed(405, "Method Not Allowed")

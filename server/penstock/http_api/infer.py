@@ -1,0 +1,183 @@
+"""All that an inference over HTTP means, whatever brings its bytes. Protocol page HTTP, section 3."""
+
+import asyncio
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from penstock import oip_json
+from penstock.engine import Engine, OnLoop, Result
+from penstock.errors import Kind, ServingError
+from penstock.forwarding import HeaderPattern
+from penstock.http_api import coding
+from penstock.http_api.answers import Answer, Body, Reply, answer, failed, failure
+from penstock.model import Model
+from penstock.queueing import Pending
+from penstock.settings import Settings
+
+COMPRESSED_FROM = 16 << 10  # bytes: shorter JSON is sent as it is, unless every answer is to be compressed
+INT32_END = 2**31
+_NUMBER = re.compile(rb"[ \t]*[+-]?[0-9]+")
+
+
+class Door:
+    """What every inference over HTTP shares. Read only."""
+
+    __slots__ = ("compression", "engine", "forward", "limits", "non_finite")
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        """Raises ServingError(INVALID) where the header forward pattern is no regular expression."""
+        self.engine = engine
+        self.limits = oip_json.Limits(settings.http_max_input_size, settings.max_tensors, settings.max_rank)
+        self.non_finite = settings.json_non_finite
+        self.compression = settings.http_response_compression
+        self.forward = HeaderPattern(settings.http_header_forward_pattern, "--http-header-forward-pattern")
+
+
+@dataclass(slots=True)
+class Head:
+    """What came before the body. The method has been checked: it is POST."""
+
+    model: str
+    version: str  # "" where the path names none
+    headers: Mapping[bytes, bytes]  # names in lower case
+
+
+class Exchange:
+    """One inference on its way. Used on the event loop's thread only."""
+
+    __slots__ = ("_answered", "_cancelled", "_door", "_forms", "_head", "_id", "_pending", "_reply")
+
+    def __init__(self, door: Door, head: Head, reply: Reply) -> None:
+        self._door = door
+        self._head = head
+        self._reply = reply
+        self._id = ""
+        self._forms = oip_json.Forms()
+        self._pending: Pending | None = None
+        self._cancelled: ServingError | None = None
+        self._answered = False
+
+    @property
+    def answered(self) -> bool:
+        return self._answered
+
+    def cancel(self, reason: ServingError) -> None:
+        """Nobody waits for the answer any more. It is given all the same: `reason`, or what is under way already."""
+        self._cancelled = reason
+        if self._pending is not None:
+            self._pending.cancel(reason)
+
+    def run(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Take a step. Whatever it raises becomes the answer, so that there is exactly one."""
+        try:
+            step(*arguments)
+        except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
+            self._answer(failure(error, self._id))
+
+    def begin(self, body: bytes | memoryview) -> None:
+        """The checks in the protocol's order (3.2), up to the scheduler."""
+        model = self._door.engine.model(self._head.model, self._head.version)
+        if model.decoupled:
+            raise ServingError(
+                Kind.UNSUPPORTED, "HTTP end point doesn't support models with decoupled transaction policy"
+            )
+        encoding = self._head.headers.get(b"content-encoding", b"")
+        if not encoding or encoding == coding.IDENTITY:
+            self._submit(model, body)
+        elif encoding in coding.CODINGS:
+            # Off the event loop: a short body may become a long one.
+            loop = asyncio.get_running_loop()
+            inflating = loop.run_in_executor(None, coding.decompress, body, self._door.limits.input_bytes)
+            inflating.add_done_callback(functools.partial(self.run, self._inflated, model))
+        else:
+            self._answer(failed(501, "Unsupported compression type", (b"accept-encoding", b"gzip, deflate")))
+
+    def _inflated(self, model: Model, inflating: "asyncio.Future[bytes]") -> None:
+        body = inflating.result()
+        if self._cancelled is not None:
+            raise self._cancelled
+        self._submit(model, body)
+
+    def _submit(self, model: Model, body: bytes | memoryview) -> None:
+        door, headers = self._door, self._head.headers
+        json_bytes = _header_length(headers.get(b"inference-header-content-length"), len(body))
+        decoded = oip_json.decode(model.signature, body, json_bytes, door.limits)
+        self._id, self._forms = decoded.id, decoded.forms
+        if door.forward:
+            decoded.parameters.update(door.forward.chosen(headers.items()))
+        request = decoded.admitted(model.signature, model.version)
+        pending = door.engine.submit(
+            model, request, OnLoop(door.engine.mailbox(), functools.partial(self.run, self._finish))
+        )
+        self._pending = pending
+
+    def _finish(self, result: Result) -> None:
+        if isinstance(result, ServingError):
+            raise result
+        door = self._door
+        json_bytes, buffers = oip_json.encode(result, self._forms, door.non_finite)
+        if door.compression == "on" or (
+            door.compression == "auto" and json_bytes is None and len(buffers[0]) > COMPRESSED_FROM
+        ):
+            chosen = coding.choose(self._head.headers.get(b"accept-encoding", b""))
+            if chosen != coding.IDENTITY:
+                loop = asyncio.get_running_loop()
+                deflating = loop.run_in_executor(None, coding.compress, buffers, chosen)
+                deflating.add_done_callback(functools.partial(self.run, self._deflated, json_bytes, chosen))
+                return
+        self._answer(_success(json_bytes, buffers))
+
+    def _deflated(self, json_bytes: int | None, chosen: bytes, deflating: "asyncio.Future[bytes]") -> None:
+        self._answer(_success(json_bytes, [deflating.result()], (b"content-encoding", chosen)))
+
+    def _answer(self, answer: Answer) -> None:
+        if not self._answered:
+            self._answered = True
+            self._reply(*answer)
+
+
+def serve_infer(door: Door, head: Head, body: bytes | memoryview, reply: Reply) -> Exchange | None:
+    """Serve one inference. Called on the event loop; `reply` is called there exactly once, perhaps before this returns.
+
+    `reply(status, headers, buffers)` must not raise. Returns what a client that goes away cancels; None if the answer
+    has been given.
+    """
+    exchange = Exchange(door, head, reply)
+    exchange.run(exchange.begin, body)
+    return None if exchange.answered else exchange
+
+
+def _success(json_bytes: int | None, body: Body, *headers: tuple[bytes, bytes]) -> Answer:
+    if json_bytes is None:
+        return answer(200, body, *headers)
+    length = (b"inference-header-content-length", b"%d" % json_bytes)
+    return answer(200, body, length, *headers, content_type=b"application/octet-stream")
+
+
+def _header_length(value: bytes | None, body_bytes: int) -> int | None:
+    """Inference-Header-Content-Length, read as C's `stoi` does: what follows the digits is ignored."""
+    if value is None:
+        return None
+    length = int(value) if value.isdigit() and len(value) < 10 else _stoi(value)
+    if not 0 <= length <= body_bytes:
+        raise ServingError(Kind.INVALID, f"inference header size should be in range (0, {body_bytes}), got: {length}")
+    return length
+
+
+def _stoi(value: bytes) -> int:
+    match = _NUMBER.match(value)
+    text = value.decode("latin-1")
+    if match is None:
+        raise ServingError(Kind.INVALID, f"Unable to parse Inference-Header-Content-Length, got: {text}")
+    # Ten digits hold every int32; of absurdly many, no number need be made.
+    length = int(match[0]) if len(match[0].strip()) <= 20 else INT32_END
+    if not -INT32_END <= length < INT32_END:
+        raise ServingError(
+            Kind.INVALID,
+            "Unable to parse Inference-Header-Content-Length, value is out of range "
+            f"[ {-INT32_END}, {INT32_END - 1} ], got: {text}",
+        )
+    return length

@@ -1,0 +1,164 @@
+"""What there is to know of a loaded model, as data, as text and as JSON."""
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock import model_config, pb, samples
+from penstock.model import Model
+from penstock.model_config import Choice, TensorSpec, instance_groups
+from penstock.repository import ModelSource
+from penstock.tensor import show
+
+URL = "http://127.0.0.1:8000"  # where `penstock serve` listens without further words
+MOST_LABELS = 5
+RUNNING = ("device", "threads", "inline", "rows of a request")  # choices that are no fields of the configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A loaded model, and where it came from."""
+
+    model: Model
+    source: ModelSource
+    stated: pb.ModelConfig  # what the configuration file says; empty where there is none
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        return self.model.files.choices
+
+    @property
+    def instances(self) -> int:
+        return sum(group.count * max(1, len(group.gpus)) for group in instance_groups(self.model.config))
+
+    @property
+    def file(self) -> Path:
+        return _from_here(self.model.files.file(self.model.config.default_model_filename))
+
+    @property
+    def path(self) -> Path:
+        """What `penstock serve` takes to serve this model alone."""
+        bare = self.model.files.path.is_file()
+        return self.file if bare else _from_here(self.source.directory)
+
+    @property
+    def curl(self) -> str:
+        return samples.curl(self.model.signature, URL)
+
+    @property
+    def infer(self) -> str:
+        """A `penstock infer` line that needs no server."""
+        return samples.infer(self.model.signature, ["--local", str(self.path)])
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def inspect(model: Model, source: ModelSource) -> Inspection:
+    """All that is known of `model`, which was loaded from `source`."""
+    stated = model_config.read(source.config) if source.config else pb.ModelConfig()
+    return Inspection(model, source, stated)
+
+
+def as_json(found: Inspection) -> str:
+    """One object on one line."""
+    model = found.model
+    document = {
+        "name": model.name,
+        "version": model.version,
+        "versions": list(found.source.versions),
+        "file": str(found.file),
+        "inputs": [_tensor(spec) for spec in model.signature.inputs.values()],
+        "outputs": [_tensor(spec) for spec in model.signature.outputs.values()],
+        "config_file": str(found.source.config) if found.source.config else None,
+        "stated": _stated(found),
+        "config": model_config.to_json(model.config),
+        "config_text": model_config.to_text(model.config),
+        "choices": [
+            {"field": choice.field, "value": choice.value, "reason": choice.reason} for choice in found.choices.values()
+        ],
+        "devices": list(model.devices),
+        "instances": found.instances,
+        "threads_per_instance": found.choices["threads"].value,
+        "inline_bytes": model.inline_bytes,
+        "load_s": round(model.load_s, 6),
+        "samples": {"curl": found.curl, "infer": found.infer},
+    }
+    return json.dumps(document, ensure_ascii=False) + "\n"
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    document: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype.name, "shape": list(spec.shape)}
+    if spec.optional:
+        document["optional"] = True
+    if spec.labels:
+        document["labels"] = list(spec.labels)
+    return document
+
+
+def _stated(found: Inspection) -> list[str]:
+    return [field.name for field, _ in found.stated.ListFields()]
+
+
+def as_text(found: Inspection) -> str:
+    """Several paragraphs."""
+    return "".join(f"{line}\n" for line in _lines(found))
+
+
+def _lines(found: Inspection) -> Iterator[str]:
+    model, source = found.model, found.source
+    versions = ", ".join(map(str, source.versions))
+    yield f"Model {model.name}, version {model.version}" + (f" of {versions}" if len(source.versions) > 1 else "")
+    yield f"  {found.file}"
+    for title, specs in (("Inputs", model.signature.inputs), ("Outputs", model.signature.outputs)):
+        yield from ("", title)
+        yield from _columns(_cells(spec) for spec in specs.values())
+    yield from ("", "Configuration")
+    yield from (f"  {line}" for line in model_config.to_text(model.config).splitlines())
+    yield from ("", "Chosen")
+    if source.config:
+        yield f"  {_from_here(source.config)} states {', '.join(_stated(found)) or 'nothing'}; the rest was chosen:"
+    else:
+        yield "  there is no configuration file, so all of it was chosen:"
+    chosen = [choice for choice in found.choices.values() if choice.field not in RUNNING]
+    yield from _columns((choice.field, _plain(choice.value), f"because {choice.reason}") for choice in chosen)
+    yield from ("", "Running")
+    rows = {
+        "instances": (str(found.instances), "see instance_group"),
+        "threads": _of(found, "threads", "for each instance: "),
+        "device": (", ".join(model.devices), found.choices["device"].reason),
+        "inline": _of(found, "inline"),
+        **{field: _of(found, field) for field in RUNNING[3:] if field in found.choices},
+        "load time": (f"{model.load_s:.3f} s", "with one run or more to warm up"),
+    }
+    yield from _columns((name, value, reason) for name, (value, reason) in rows.items())
+    yield from ("", "Try it", f"  {found.infer}")
+    yield from ("", f"Or, beside {shlex.join(['penstock', 'serve', str(found.path)])}", f"  {found.curl}")
+
+
+def _cells(spec: TensorSpec) -> tuple[str, str, str, str]:
+    notes = ["optional"] if spec.optional else []
+    if spec.labels:
+        more = ", ..." if len(spec.labels) > MOST_LABELS else ""
+        notes.append(f"{len(spec.labels)} labels: {', '.join(spec.labels[:MOST_LABELS])}{more}")
+    return spec.name, spec.datatype.name, show(spec.shape), "; ".join(notes)
+
+
+def _of(found: Inspection, field: str, before: str = "") -> tuple[str, str]:
+    choice = found.choices[field]
+    return _plain(choice.value), before + choice.reason
+
+
+def _plain(value: str | int) -> str:
+    return str(value) if value != "" else "none"
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Rows of equal length as indented lines, their cells under each other."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

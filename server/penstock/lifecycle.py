@@ -1,0 +1,552 @@
+"""The model table: which versions are served, in what state the others are, and how they come and go."""
+
+import dataclasses
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from penstock import model_config, pb, repository
+from penstock.devices import cpu_count, gpu_count
+from penstock.errors import Kind, ServingError
+from penstock.model import Loaded, Model
+from penstock.model_config import Note, unheard
+from penstock.repository import ModelSource
+from penstock.runtime import Find, Instance, ModelFiles, Placement, Runtime, find
+from penstock.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+UNLOADED = "unloaded"  # the reason of a version that is unavailable because that was asked for
+MOST_THREADS = 16  # of one instance by default: few models gain from more, and other models want cores too
+
+
+class State(Enum):
+    """Of a version, as the repository index prints it."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """A version that was loaded, or that was to be. Compared by identity."""
+
+    state: State
+    reason: str = ""
+    model: Model | None = None  # while READY or UNLOADING
+
+
+@dataclass(slots=True)
+class Entry:
+    """A model by name. Owned by the table's lock; `operation` makes its loads and unloads wait for each other."""
+
+    versions: dict[int, Record] = field(default_factory=dict)
+    failure: str = ""  # why the last load failed before any version was known
+    fingerprint: dict[str, int] = field(default_factory=dict)  # of what was loaded last; owned by `operation`
+    operation: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all that was to be served is: no version failed, is loading or is unloading."""
+        return (bool(self.versions) or not self.failure) and all(
+            record.state is State.READY or (record.state is State.UNAVAILABLE and record.reason == UNLOADED)
+            for record in self.versions.values()
+        )
+
+
+class Lifecycle:
+    """Loads, finds and unloads models.
+
+    `get` is two dictionary look-ups without a lock: `_serving` is replaced as a whole when something changes. All else
+    is owned by one lock. A new version becomes visible in one assignment once it is warm; the one it replaces drains.
+    """
+
+    def __init__(self, settings: Settings, find: Find = find) -> None:
+        self._settings = settings
+        self._roots = [Path(path) for path in settings.model_repository]
+        self._entries: dict[str, Entry] = {}
+        self._serving: dict[str, dict[str, Model]] = {}  # name → version, or "" for the highest that is READY
+        self._retiring: set[Record] = set()  # replaced or unloaded, and not yet drained
+        self._lock = threading.Lock()
+        self._watchers: dict[object, Callable[[], None]] = {}
+        self._started = False
+        self._exiting = False
+        workers = settings.model_load_thread_count
+        self._models_pool = ThreadPoolExecutor(workers, thread_name_prefix="load-model")
+        self._versions_pool = ThreadPoolExecutor(workers, thread_name_prefix="load-version")
+        self._find_runtime = find
+        self._runtimes: dict[str, Runtime] = {}
+        self._runtimes_lock = threading.Lock()  # of its own, for it is held while a runtime is imported
+
+    # -- asking
+
+    def get(self, name: str, version: str = "") -> Model:
+        """The READY version that serves `name`; the highest where `version` is "". Raises ServingError."""
+        try:
+            return self._serving[name][version]
+        except KeyError:
+            return self._find(name, version)
+
+    def _find(self, name: str, version: str) -> Model:
+        """What `get` answers where the quick look-up has failed: a version written differently, or the refusal."""
+        number = parse_version(version)
+        with self._lock:
+            entry = self._entries.get(name)
+            records = dict(entry.versions) if entry else {}
+        subject = f"Request for unknown model: '{name}'"
+        if not records:
+            raise ServingError(Kind.NOT_FOUND, f"{subject} is not found")
+        if number is None:
+            raise ServingError(Kind.NOT_FOUND, f"{subject} has no available versions")
+        record = records.get(number)
+        if record is None:
+            raise ServingError(Kind.NOT_FOUND, f"{subject} version {number} is not found")
+        if record.model is None or record.state is not State.READY:
+            raise ServingError(Kind.UNAVAILABLE, f"{subject} version {number} is not at ready state")
+        return record.model
+
+    def ready_versions(self, name: str) -> list[str]:
+        """The versions of a model that are served, ascending; [] for an unknown one."""
+        return sorted((version for version in self._serving.get(name, {}) if version), key=int)
+
+    def knows(self, name: str) -> bool:
+        """Whether a model of this name was ever to be loaded, served or not."""
+        return name in self._entries
+
+    def models(self) -> list[Model]:
+        """Every version that is served, by name and version."""
+        serving = self._serving
+        return [model for name in sorted(serving) for version, model in serving[name].items() if version]
+
+    def index(self) -> list[tuple[str, int | None, State | None, str]]:
+        """(name, version, state, reason) of all that lies in the repositories now, as the index extension lists it.
+
+        A model that was never loaded, or whose loads failed before a version was known, has its name only.
+        """
+        rows: list[tuple[str, int | None, State | None, str]] = []
+        sources = self._scan()
+        with self._lock:
+            for name in sorted(sources):
+                entry = self._entries.get(name)
+                if len(sources[name]) > 1:
+                    rows.append((name, None, State.UNAVAILABLE, "model appears in two or more repositories"))
+                elif entry is None or not entry.versions:
+                    rows.append((name, None, None, ""))
+                else:
+                    for number, record in sorted(entry.versions.items()):
+                        rows.append((name, number, record.state, record.reason))
+        return rows
+
+    def failures(self) -> dict[str, str]:
+        """Why models are not served that were to be, by name."""
+        with self._lock:
+            found = {}
+            for name, entry in self._entries.items():
+                if entry.failure and not entry.versions:
+                    found[name] = entry.failure
+                for number, record in entry.versions.items():
+                    if record.state is State.UNAVAILABLE and record.reason != UNLOADED:
+                        found.setdefault(name, f"version {number}: {record.reason}")
+        return found
+
+    def is_live(self) -> bool:
+        """Whether the server has started and is not on its way out."""
+        return self._started and not self._exiting
+
+    def is_ready(self) -> bool:
+        """Whether the server may be sent work. With strict readiness, no model may be failed, loading or unloading."""
+        if not self.is_live():
+            return False
+        if not self._settings.strict_readiness:
+            return True
+        with self._lock:
+            return all(entry.is_ready for entry in self._entries.values())
+
+    @property
+    def exiting(self) -> bool:
+        return self._exiting
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Call `changed`, on any thread, after each change of a state. Returns the function that ends that."""
+        key = object()
+        with self._lock:
+            self._watchers[key] = changed
+
+        def end() -> None:
+            with self._lock:
+                self._watchers.pop(key, None)
+
+        return end
+
+    def _notify(self) -> None:
+        with self._lock:
+            watchers = list(self._watchers.values())
+        for watcher in watchers:
+            watcher()
+
+    # -- loading
+
+    def start(self) -> None:
+        """Load what the control mode asks for, in parallel; returns when all is done. Failures are in `failures`.
+
+        Raises ServingError(NOT_FOUND) where a repository does not exist.
+        """
+        sources = self._scan()
+        names: Iterable[str] = sources
+        if self._settings.model_control_mode == "explicit" and self._settings.load_model != ("*",):
+            names = dict.fromkeys(self._settings.load_model)
+        loads = [(name, self._models_pool.submit(self._load, name, sources)) for name in names]
+        for name, load in loads:
+            error = load.exception()
+            if isinstance(error, ServingError):
+                logger.error("%s", error.message.strip())
+            elif error is not None:
+                logger.error("loading model '%s' failed", name, exc_info=error)
+                self._fail(name, f"{type(error).__name__}: {error}")
+        self._started = True
+        self._notify()
+
+    def load(self, name: str) -> None:
+        """Load or reload a model from disk; returns when it serves. What served before does so until then.
+
+        Raises ServingError with the texts of the repository extension.
+        """
+        if self._exiting:
+            raise ServingError(Kind.UNAVAILABLE, "Server not ready")
+        self._models_pool.submit(lambda: self._load(name, self._scan())).result()
+
+    def unload(self, name: str) -> None:
+        """Stop serving a model. Returns at once: accepted requests finish first. Unknown names are none too many."""
+        with self._lock:
+            entry = self._entries.get(name)
+        if entry is None:
+            return
+        with entry.operation:
+            with self._lock:
+                retired = [record for record in entry.versions.values() if record.state is State.READY]
+                self._publish(name, entry, retired)
+            self._release(name, retired)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Refuse new work, finish what was accepted, release all models. False when time ran out first."""
+        self._exiting = True
+        self._notify()
+        deadline_s = time.monotonic() + timeout_s
+        models = self.models()
+        with self._lock:  # models that drain already close on threads of their own
+            retiring = [record.model for record in self._retiring if record.model is not None]
+        drained = [model.drain(max(0.0, deadline_s - time.monotonic())) for model in (*models, *retiring)]
+        self._models_pool.shutdown(wait=False, cancel_futures=True)
+        self._versions_pool.shutdown(wait=False, cancel_futures=True)
+        if all(drained):
+            for model in models:
+                model.close()
+        return all(drained)
+
+    def _scan(self) -> dict[str, list[ModelSource]]:
+        return repository.scan(self._roots, self._settings.model_config_name)
+
+    def _load(self, name: str, sources: dict[str, list[ModelSource]]) -> None:
+        refused = f"failed to load '{name}', failed to poll from model repository"
+        if name not in sources:
+            if not self._started:  # later, a client asks for what was never heard of, and nothing has failed
+                where = ", ".join(f"'{root}'" for root in self._roots) or "no repository"
+                self._fail(name, f"no model '{name}' in {where}")
+            raise ServingError(Kind.NOT_FOUND, refused)
+        with self._lock:
+            entry = self._entries.setdefault(name, Entry())
+        with entry.operation:
+            try:
+                source, config = self._read(name, sources[name])
+                prints = source.fingerprint()
+            except (ServingError, OSError) as error:
+                self._fail(name, str(error))
+                raise ServingError(Kind.INVALID, f"{refused}: {error}") from error
+            if prints == entry.fingerprint and any(record.state is State.READY for record in entry.versions.values()):
+                return  # nothing has changed on disk
+            self._replace(name, entry, source, config)
+            entry.fingerprint = prints
+
+    def _fail(self, name: str, reason: str) -> None:
+        """Record that a load failed before any version was known."""
+        with self._lock:
+            self._entries.setdefault(name, Entry()).failure = reason
+        self._notify()
+
+    def _read(self, name: str, found: Sequence[ModelSource]) -> tuple[ModelSource, pb.ModelConfig]:
+        """The one source of a model, and its configuration as it is on disk."""
+        if len(found) > 1:
+            places = " and ".join(str(source.directory) for source in found)
+            raise ServingError(Kind.INVALID, f"model appears in two or more repositories: {places}")
+        [source] = found
+        if source.config is None and self._settings.disable_auto_complete_config:
+            raise ServingError(Kind.INVALID, f"model '{name}' has no config.pbtxt, and auto-completion is switched off")
+        config = model_config.read(source.config) if source.config else pb.ModelConfig()
+        if config.name and config.name != name:
+            raise ServingError(
+                Kind.INVALID,
+                f"unexpected directory name '{name}' for model '{config.name}', directory name must equal model name",
+            )
+        return source, config
+
+    def _replace(self, name: str, entry: Entry, source: ModelSource, config: pb.ModelConfig) -> None:
+        """Load all versions of the policy or none, then swap them in."""
+        numbers = wanted_versions(source.versions, config.version_policy)
+        if missing := sorted(set(config.version_policy.specific.versions) - source.versions.keys()):
+            logger.warning("model '%s': its version policy names versions %s, which do not exist", name, missing)
+        if not numbers:
+            reason = f"at least one version must be available under the version policy of model '{name}'"
+            self._fail(name, reason)
+            raise ServingError(Kind.INVALID, f"load failed for model '{name}': {reason}\n")
+        with self._lock:
+            entry.failure = ""
+            for number in numbers:
+                record = entry.versions.get(number)
+                if record is None or record.state is not State.READY:
+                    entry.versions[number] = Record(State.LOADING)
+        self._notify()
+        opening = {number: self._versions_pool.submit(self._open, source, config, number) for number in numbers}
+        opened: dict[int, Model] = {}
+        failed: dict[int, ServingError] = {}
+        for number, future in opening.items():
+            error = future.exception()
+            if error is None:
+                opened[number] = future.result()
+            elif isinstance(error, ServingError):
+                failed[number] = error
+            else:
+                logger.error("loading model '%s' version %d failed", name, number, exc_info=error)
+                failed[number] = ServingError(Kind.INTERNAL, f"{type(error).__name__}: {error}")
+        if failed:
+            self._reject(name, entry, opened, failed)
+        with self._lock:
+            retired = [record for record in entry.versions.values() if record.state is State.READY]
+            for number, model in opened.items():
+                entry.versions[number] = Record(State.READY, model=model)
+            self._publish(name, entry, retired)
+        self._release(name, retired)
+
+    def _reject(self, name: str, entry: Entry, opened: dict[int, Model], failed: dict[int, ServingError]) -> None:
+        """Discard what was opened beside a version that failed, and raise with the reasons of those."""
+        for model in opened.values():
+            model.close()
+        reasons = {number: f"{error.kind.title}: {error.message}" for number, error in failed.items()}
+        with self._lock:
+            for number, record in list(entry.versions.items()):
+                if record.state is State.LOADING:
+                    if number in reasons:
+                        entry.versions[number] = Record(State.UNAVAILABLE, reasons[number])
+                    else:
+                        del entry.versions[number]
+        self._notify()
+        states = "".join(f"version {number} is at UNAVAILABLE state: {reason};" for number, reason in reasons.items())
+        raise ServingError(Kind.INVALID, f"load failed for model '{name}': {states}\n")
+
+    def _publish(self, name: str, entry: Entry, retired: Iterable[Record]) -> None:
+        """Make the READY versions of a name, less those that retire, the ones that `get` finds. Holds the lock."""
+        for record in retired:
+            record.state = State.UNLOADING
+        self._retiring.update(retired)
+        ready = {
+            number: record.model
+            for number, record in entry.versions.items()
+            if record.state is State.READY and record.model is not None
+        }
+        serving = dict(self._serving)
+        serving.pop(name, None)
+        if ready:
+            serving[name] = {str(number): model for number, model in sorted(ready.items())}
+            serving[name][""] = ready[max(ready)]
+        self._serving = serving
+
+    def _release(self, name: str, records: Sequence[Record]) -> None:
+        """Let versions that are no longer served finish what they accepted, each on a thread of its own."""
+        self._notify()
+        for record in records:
+            threading.Thread(target=self._retire, args=(record,), name=f"unload-{name}", daemon=True).start()
+
+    def _retire(self, record: Record) -> None:
+        assert record.model is not None
+        record.model.drain()
+        record.model.close()
+        with self._lock:
+            record.model = None
+            record.state = State.UNAVAILABLE
+            record.reason = UNLOADED
+            self._retiring.discard(record)
+        self._notify()
+
+    # -- opening one version
+
+    def _open(self, source: ModelSource, config: pb.ModelConfig, number: int) -> Model:
+        started_s = time.monotonic()
+        path = source.versions[number]
+        files = ModelFiles(source.name, number, source.directory, path)
+        gpus = usable_gpus(self._settings.device)
+        stated = _choose_file(config, path, files.note)
+        stated = model_config.identify(stated, source.name, _filenames(path), files.note)
+        for warning in model_config.refuse_unsupported(stated):
+            logger.warning("%s", warning)
+        model_config.validate(stated, gpus)
+        places = place(stated, self._settings.device, gpus, cpu_count(), files.note)
+        runtime = self._runtime(stated.backend)
+        done = stated
+        if not self._settings.disable_auto_complete_config:
+            done = runtime.complete(files, stated, places[0])
+        done = model_config.normalise(done, gpus, files.note)
+        model_config.validate(done, gpus, complete=True)
+        instances: list[Instance] = []
+        try:
+            for placement in places:
+                instances.append(runtime.open(files, done, placement, None))  # noqa: PERF401 - kept if the next fails
+            files.kept.clear()
+            done = show_devices(done, [instance.device for instance in instances], files.note)
+            labels = files.labels | {
+                output.name: repository.read_labels(source.directory, output.label_filename, output.name, source.name)
+                for output in done.output
+                if output.label_filename
+            }
+            signature = model_config.signature(done, labels)
+            if not stated.max_batch_size:  # nobody asked for a limit: it was completed, and only bounds a batch
+                signature = dataclasses.replace(signature, row_limit=2**31)
+                if done.max_batch_size:
+                    files.note(
+                        "rows of a request", "any number", "max_batch_size was completed: it bounds batches alone"
+                    )
+            return Model(Loaded(files, done, signature, time.monotonic() - started_s), instances)
+        except BaseException:
+            for instance in instances:
+                instance.close()
+            raise
+
+    def _runtime(self, name: str) -> Runtime:
+        with self._runtimes_lock:
+            if name not in self._runtimes:
+                self._runtimes[name] = self._find_runtime(name, self._settings.runtime_settings(name))
+            return self._runtimes[name]
+
+
+def _filenames(path: Path) -> list[str]:
+    """The names in a version's directory; a bare model file stands for the default name."""
+    return [repository.DEFAULT_FILENAME] if path.is_file() else sorted(os.listdir(path))
+
+
+def _choose_file(config: pb.ModelConfig, path: Path, note: Note) -> pb.ModelConfig:
+    """Name the one ONNX file of a version's directory where nothing else says which file to serve."""
+    named = pb.ModelConfig()
+    named.CopyFrom(config)
+    if not (config.default_model_filename or config.platform) and config.backend in ("", "onnxruntime"):
+        names = _filenames(path)
+        models = [name for name in names if name.endswith(".onnx")]
+        if repository.DEFAULT_FILENAME not in names and len(models) == 1:
+            named.backend = "onnxruntime"
+            named.default_model_filename = models[0]
+            for field in ("backend", "default_model_filename"):
+                note(field, getattr(named, field), f"{models[0]} is the only ONNX file of the version")
+    return named
+
+
+def parse_version(version: str) -> int | None:
+    """A version as clients write it; None for "". Leading digits suffice, as in Triton.
+
+    Raises ServingError(INVALID) for anything else.
+    """
+    if not version:
+        return None
+    found = re.match(r"[ \t\n\v\f\r]*([+-]?)0*([0-9]*)", version)
+    assert found is not None  # every part may be empty
+    sign, digits = found.groups()
+    if not found[0][-1:].isdigit() or len(digits) > 19 or int(digits or "0") > 2**63 - 1:
+        raise ServingError(
+            Kind.INVALID,
+            f"failed to get model version from specified version string '{version}' (details: stol), "
+            "version should be an integral value > 0",
+        )
+    if sign == "-" and digits:
+        raise ServingError(
+            Kind.INVALID,
+            f"invalid model version specified '{version}' , version should be an integral value > 0",
+        )
+    return int(digits or "0")
+
+
+def wanted_versions(available: Iterable[int], policy: pb.ModelVersionPolicy) -> list[int]:
+    """The versions that a policy loads, ascending. No policy: the highest."""
+    numbers = sorted(available)
+    match policy.WhichOneof("policy_choice"):
+        case "all":
+            return numbers
+        case "specific":
+            return [number for number in numbers if number in set(policy.specific.versions)]
+        case "latest":
+            return numbers[-policy.latest.num_versions :] if policy.latest.num_versions else []
+    return numbers[-1:]
+
+
+def usable_gpus(device: str) -> list[int]:
+    """The GPUs that models may use: none with `--device cpu`, else those that the driver shows."""
+    return [] if device == "cpu" else list(range(gpu_count()))
+
+
+def place(
+    config: pb.ModelConfig, device: str, gpus: Sequence[int], cores: int, note: Note = unheard
+) -> list[Placement]:
+    """Where each instance of a valid configuration goes, in the order of its groups.
+
+    KIND_AUTO follows `device`: with "auto" it may fall back to the CPU, with "cuda" it may not. Threads are shared out
+    so that the instances of a model together use the machine's cores once. Raises ServingError(UNAVAILABLE) where CUDA
+    was asked for and the driver shows no GPU. `note` is told which devices and threads were chosen, and why.
+    """
+    asked = [group.kind for group in config.instance_group] or [pb.ModelInstanceGroup.KIND_AUTO]
+    places: list[Placement] = []
+    reasons: list[str] = []
+    for kind, group in zip(asked, model_config.normalise(config, gpus).instance_group, strict=True):
+        leaves_open = kind == pb.ModelInstanceGroup.KIND_AUTO
+        if not leaves_open:
+            reasons.append(f"an instance group says {pb.ModelInstanceGroup.Kind.Name(kind)}")
+        elif gpus or device == "cpu":
+            reasons.append(f"the configuration leaves it open and --device is {device}")
+        else:
+            reasons.append("the NVIDIA driver shows no GPU")
+        if group.kind == pb.ModelInstanceGroup.KIND_GPU:
+            for gpu in group.gpus:
+                places += [Placement("cuda", gpu, may_fall_back=leaves_open and device == "auto")] * group.count
+        elif leaves_open and device == "cuda":
+            raise ServingError(
+                Kind.UNAVAILABLE,
+                f"model '{config.name}' was to run on cuda, but the NVIDIA driver shows no GPU"
+                " (libcuda.so.1 is missing or finds no device); use --device auto or --device cpu to run on the CPU",
+            )
+        else:
+            places += [Placement("cpu")] * group.count
+    threads = max(1, min(MOST_THREADS, cores // len(places)))
+    note("device", ", ".join(dict.fromkeys(map(str, places))), " and ".join(dict.fromkeys(reasons)))
+    shared = f"{cores} cores are shared out among {len(places)} instances, at most {MOST_THREADS} to each"
+    note("threads", threads, shared)
+    return [dataclasses.replace(where, threads=threads) for where in places]
+
+
+def show_devices(config: pb.ModelConfig, devices: Sequence[str], note: Note = unheard) -> pb.ModelConfig:
+    """The configuration with the kind of device that each group really got."""
+    done = pb.ModelConfig()
+    done.CopyFrom(config)
+    first = 0
+    for index, group in enumerate(done.instance_group):
+        got = devices[first : first + group.count * max(1, len(group.gpus))]
+        first += len(got)
+        if group.kind == pb.ModelInstanceGroup.KIND_GPU and all(device == "cpu" for device in got):
+            group.kind = pb.ModelInstanceGroup.KIND_CPU
+            group.count = len(got)
+            del group.gpus[:]
+            for field, value in (("kind", "KIND_CPU"), ("count", group.count), ("gpus", "none")):
+                note(f"instance_group[{index}].{field}", value, "its instances fell back to the CPU")
+    return done

@@ -1,0 +1,52 @@
+"""What crosses the core: plain data without socket, future, lock or callback, so that it can cross a process too."""
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from penstock.tensor import Tensor
+
+Parameter: TypeAlias = bool | int | float | str
+
+
+@dataclass(slots=True)
+class RequestedOutput:
+    """An output that a request names, and what it wants done with it."""
+
+    name: str
+    classification: int = 0  # the top k classes instead of the tensor; 0: the tensor itself
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request's place in a sequence of a stateful model."""
+
+    id: int | str
+    start: bool = False
+    end: bool = False
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """One inference. Made by `admission`, so its tensors agree with the model's signature."""
+
+    model: str
+    version: str  # "" means: by the version policy
+    id: str
+    inputs: dict[str, Tensor]
+    outputs: dict[str, RequestedOutput]  # empty means: all
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    priority: int = 0  # 0 means: the model's default
+    deadline_ns: int = 0  # monotonic; 0 means: none
+    sequence: Sequence | None = None
+    rows: int = 1  # of the batch axis; 1 for a model without one
+
+
+@dataclass(slots=True)
+class InferResponse:
+    """What one execution gives back to one request; a decoupled model gives several."""
+
+    model: str
+    version: str
+    id: str
+    outputs: list[Tensor]
+    parameters: dict[str, Parameter] = field(default_factory=dict)

@@ -1,0 +1,202 @@
+"""One loaded version of a model: signature, scheduler, workers, counts."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock import classification, pb
+from penstock.errors import Kind, ServingError
+from penstock.instances import INLINE_LIMIT_NS, Crew
+from penstock.messages import InferRequest, InferResponse
+from penstock.model_config import Signature, TensorSpec
+from penstock.queueing import Fifo, Pending
+from penstock.runtime import Instance, ModelFiles
+from penstock.statistics import Execution, Statistics
+from penstock.tensor import BYTES, Tensor, objects
+
+logger = logging.getLogger(__name__)
+
+FIRST_RUN_LIMIT_NS = 20_000_000  # a model that takes longer for one row of nothing is not asked again
+PROBES = ((1, 1), (8, 1), (8, 16))  # rows of the batch axis, and the size of every other open dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load found out, and nothing changes afterwards."""
+
+    files: ModelFiles
+    config: pb.ModelConfig  # complete, with the devices that were really got
+    signature: Signature
+    load_s: float
+
+
+class Model:
+    """A version that can run. `submit` may be called on any thread."""
+
+    def __init__(self, loaded: Loaded, instances: Sequence[Instance]) -> None:
+        self.name = loaded.files.model
+        self.version = str(loaded.files.version)
+        self.config = loaded.config
+        self.files = loaded.files
+        self.signature = loaded.signature
+        self.load_s = loaded.load_s
+        self.devices = tuple(dict.fromkeys(instance.device for instance in instances))
+        self.decoupled = loaded.config.model_transaction_policy.decoupled
+        self.statistics = Statistics()
+        inline_bytes = self._probe(instances[0])
+        self._crew = Crew(f"{self.name}-{self.version}", Fifo(), instances, self._finish, self._withdrawn)
+        self._crew.allow_inline(inline_bytes)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests are queued."""
+        return self._crew.waiting
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing more is accepted: this version was replaced, is unloaded, or the server stops."""
+        return self._crew.draining
+
+    @property
+    def inline_bytes(self) -> int:
+        """The largest request, in bytes, that runs on the thread that brings it; -1 when none does."""
+        return self._crew.inline_bytes
+
+    def submit(self, pending: Pending) -> None:
+        """Queue an admitted request, or run it at once. Raises ServingError if it cannot be accepted."""
+        self._crew.submit(pending, _size(pending.request))
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
+        return self._crew.drain(timeout_s)
+
+    def close(self) -> None:
+        """Release threads and devices. Call `drain` first."""
+        self._crew.close()
+
+    def _probe(self, instance: Instance) -> int:
+        """The largest input, in bytes, that this model computes in less time than a hand-off to a worker costs.
+
+        -1 for none. Only instances on the CPU that cannot call other models are asked, with zeros, which also warms
+        the model up.
+        """
+        note = self.files.note
+        if instance.streams or instance.device != "cpu":
+            note("inline", "never", "only a model that runs on the CPU and answers at once can")
+            return -1
+        largest, reason = -1, ""
+        for rows, size in PROBES:
+            request = _zeros(self.signature, rows, size)
+            if _size(request) <= largest:
+                continue
+            fastest_ns = _fastest(instance, request)
+            took = "failed" if fastest_ns is None else f"took {fastest_ns / 1000:.0f} us"
+            reason = (
+                f"zeros of {_size(request)} bytes {took}, a hand-off to a worker takes {INLINE_LIMIT_NS // 1000} us"
+            )
+            if fastest_ns is None or fastest_ns > INLINE_LIMIT_NS:
+                break
+            largest = _size(request)
+        note("inline", f"up to {largest} bytes" if largest >= 0 else "never", reason)
+        return largest
+
+    def _finish(
+        self, batch: Sequence[Pending], results: Sequence[InferResponse | ServingError], times: Execution
+    ) -> None:
+        """Turn what the instance gave into answers, count them, and send them."""
+        answers: list[InferResponse | ServingError] = []
+        arrivals_ns: list[int] = []
+        failed_arrivals_ns: list[int] = []
+        rows: list[int] = []
+        for pending, result in zip(batch, results, strict=True):
+            answer = self._shaped(pending.request, result) if isinstance(result, InferResponse) else result
+            answers.append(answer)
+            if isinstance(answer, InferResponse):
+                arrivals_ns.append(pending.arrived_ns)
+                rows.append(pending.request.rows)
+            else:
+                failed_arrivals_ns.append(pending.arrived_ns)
+        self.statistics.executed(arrivals_ns, rows, failed_arrivals_ns, times)
+        for pending, answer in zip(batch, answers, strict=True):
+            _send(pending, answer)
+
+    def _shaped(self, request: InferRequest, response: InferResponse) -> InferResponse | ServingError:
+        """The response as it leaves: with the version that ran, and the classes of outputs that were asked for."""
+        response.version = self.version
+        if request.outputs:
+            batched = self.signature.max_batch_size > 0
+            for position, tensor in enumerate(response.outputs):
+                wanted = request.outputs.get(tensor.name)
+                if wanted and wanted.classification:
+                    labels = self.signature.outputs[tensor.name].labels
+                    try:
+                        response.outputs[position] = classification.top(tensor, wanted.classification, labels, batched)
+                    except ServingError as error:
+                        return error
+        return response
+
+    def _withdrawn(self, pending: Pending, reason: ServingError) -> None:
+        counted_as = "CANCELED" if reason.kind is Kind.CANCELLED else "REJECTED"
+        self.statistics.failed(counted_as, time.monotonic_ns() - pending.arrived_ns)
+        _send(pending, reason)
+
+
+def _send(pending: Pending, answer: InferResponse | ServingError) -> None:
+    """Reply. One that fails is its receiver's loss: it must not cost others their answers, nor a worker its thread."""
+    try:
+        pending.reply(answer)
+    except Exception as error:
+        request = pending.request
+        logger.error(
+            "model %s: the reply to request %s failed", request.model, request.id or "<id_unknown>", exc_info=error
+        )
+
+
+def _size(request: InferRequest) -> int:
+    """Bytes of all inputs; of BYTES, the eight of each reference and what its elements hold."""
+    total = 0
+    for tensor in request.inputs.values():
+        total += tensor.array.nbytes
+        if tensor.datatype is BYTES:
+            total += sum(map(len, tensor.array.flat))
+    return total
+
+
+def _zeros(signature: Signature, rows: int, size: int) -> InferRequest:
+    """A request of zeros, as text where that is wanted: `rows` on the batch axis, `size` for other open dimensions."""
+    batched = signature.max_batch_size > 0
+    rows = min(rows, signature.max_batch_size) if batched else 1
+    inputs = {spec.name: _zero(spec, rows, size, batched) for spec in signature.inputs.values() if not spec.optional}
+    return InferRequest(signature.model, "", "", inputs, {}, rows=rows)
+
+
+def _zero(spec: TensorSpec, rows: int, size: int, batched: bool) -> Tensor:
+    shape = [size if dim < 0 else dim for dim in spec.shape]
+    if batched:
+        shape[0] = rows
+    if spec.datatype is BYTES:
+        return Tensor(spec.name, BYTES, objects([b"0"] * int(np.prod(shape)), shape))
+    return Tensor(spec.name, spec.datatype, np.zeros(shape, spec.datatype.dtype))
+
+
+def _fastest(instance: Instance, request: InferRequest) -> int | None:
+    """Nanoseconds of the fastest of a few runs, or of the first if that was slow; None where the model cannot run."""
+    times = [_time(instance, request)]
+    if times[0] is not None and times[0] <= FIRST_RUN_LIMIT_NS:
+        times += [_time(instance, request) for _ in range(5)]
+    known = [ns for ns in times if ns is not None]
+    return min(known) if len(known) == len(times) else None
+
+
+def _time(instance: Instance, request: InferRequest) -> int | None:
+    """Nanoseconds of one run; None where the model cannot run on this input."""
+    started_ns = time.perf_counter_ns()
+    try:
+        [result] = instance.execute([request])
+    except Exception as error:  # noqa: BLE001 - zeros may be no valid input; then nothing was learnt
+        logger.debug("model %s: a run on zeros failed, so it never runs inline: %s", request.model, error)
+        return None
+    return None if isinstance(result, ServingError) else time.perf_counter_ns() - started_ns

@@ -1,0 +1,186 @@
+"""The door for runtimes: all that the author of one needs, and how the server finds it.
+
+A runtime is a class that takes its settings (`--backend-config NAME,KEY=VALUE`), named by an entry point in the group
+`penstock.runtimes`; the entry point's name is what `backend:` says in a model configuration.
+"""
+
+import importlib.metadata
+import threading
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from penstock import pb
+from penstock.errors import Kind, ServingError
+from penstock.messages import InferRequest, InferResponse
+from penstock.model_config import Choice
+
+GROUP = "penstock.runtimes"
+
+
+@dataclass(slots=True)
+class ModelFiles:
+    """Where one version of a model lies on disk."""
+
+    model: str
+    version: int
+    directory: Path  # of the model: labels, configuration
+    path: Path  # the version's directory, or the model file itself where there is none
+    kept: dict[Any, Any] = field(default_factory=dict)  # what a runtime keeps from `complete` to the last `open`
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of outputs, where the model file knows them
+    choices: dict[str, Choice] = field(default_factory=dict)  # what the load decided by itself, by field
+
+    def note(self, field: str, value: str | int, reason: str) -> None:
+        """Remember why `field` got a value that nobody stated; the last word on a field counts."""
+        self.choices[field] = Choice(field, value, reason)
+
+    def file(self, name: str) -> Path:
+        """The model file called `name` in the version's directory; a bare model file is itself."""
+        return self.path if self.path.is_file() else self.path / name
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an instance shall run."""
+
+    device: Literal["cpu", "cuda"]
+    device_id: int = 0
+    threads: int = 1  # for one operation, where the configuration does not say
+    may_fall_back: bool = False  # to the CPU, with one loud line; otherwise opening fails
+
+    def __str__(self) -> str:
+        return "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
+
+
+class Cancelled:
+    """Whether a request is still wanted. Set at most once, by any thread; true from then on."""
+
+    __slots__ = ("_watchers", "reason")
+    _lock = threading.Lock()  # one for all: it is held for a few instructions, and a lock per request costs more
+
+    def __init__(self) -> None:
+        self.reason: ServingError | None = None
+        self._watchers: list[Callable[[], None]] | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is not None
+
+    def set(self, reason: ServingError) -> bool:
+        """Say that nobody waits any more, and why. False if that was said before."""
+        with self._lock:
+            if self.reason is not None:
+                return False
+            self.reason = reason
+            watchers, self._watchers = self._watchers, None
+        for watcher in watchers or ():
+            watcher()
+        return True
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher` once when this is set, on the setting thread; now, if it is set already."""
+        with self._lock:
+            if self.reason is None:
+                if self._watchers is None:
+                    self._watchers = []
+                self._watchers.append(watcher)
+                return
+        watcher()
+
+
+class Credit(Protocol):
+    """How many more replies the receiver has room for. A producer with none left waits."""
+
+    @property
+    def left(self) -> int: ...
+    def wait(self) -> None:
+        """Block this worker thread until there is room."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Await room, in a coroutine."""
+
+
+class Reply(Protocol):
+    """Takes an answer to one request, on any thread.
+
+    `final` ends the request: nothing may follow. `partial` marks progress, which is no answer of its own.
+    """
+
+    def __call__(self, result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit: ...
+
+
+class Plenty:
+    """Credit of a receiver that always has room, such as one that takes a single answer."""
+
+    left = 2**31
+
+    def wait(self) -> None:
+        """There is room."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return
+        yield
+
+
+PLENTY = Plenty()
+
+
+class Host(Protocol):
+    """What a running model may ask of the server that holds it."""
+
+    def infer(self, request: InferRequest) -> Awaitable[InferResponse]:
+        """Run another model."""
+
+    def log(self, level: int, message: str) -> None: ...
+
+
+class Instance(Protocol):
+    """A model on a device. Calls never overlap beyond `max_in_flight`."""
+
+    max_in_flight: int  # 1 for most; more for concurrent async handlers and ensembles
+    device: str  # that really runs it: "cpu", "cuda:0"
+    inputs_ready_ns: int  # monotonic, of the last `execute`: when its inputs lay where the model reads them
+    outputs_came_ns: int  # monotonic, of the last `execute`: when the model was done
+
+    def execute(self, batch: Sequence[InferRequest]) -> Sequence[InferResponse | ServingError]:
+        """One answer per request, in order. Raising fails the whole batch."""
+
+    def start(self, request: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
+        """Answer later, or more than once. Returns soon; only called where `streams` is true."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether requests come through `start`, one by one, instead of `execute`."""
+
+    def close(self) -> None: ...
+
+
+class Runtime(Protocol):
+    """Makes instances out of files."""
+
+    def complete(self, files: ModelFiles, config: pb.ModelConfig, place: Placement) -> pb.ModelConfig:
+        """Fill in what the model file itself knows: names, datatypes, shapes. Returns a new configuration.
+
+        `place` is where the first instance will be opened, so that the file need not be read twice. Raises ServingError
+        where file and configuration disagree.
+        """
+
+    def open(self, files: ModelFiles, config: pb.ModelConfig, place: Placement, host: Host | None) -> Instance:
+        """An instance on `place`, ready to execute. `host` is None where the model cannot call others."""
+
+
+Find: TypeAlias = Callable[[str, Mapping[str, str]], Runtime]
+
+
+def find(name: str, settings: Mapping[str, str]) -> Runtime:
+    """The runtime whose entry point is called `name`, with its settings.
+
+    Raises ServingError(INVALID) naming the runtimes there are; whatever the runtime raises on a setting it lacks.
+    """
+    points = importlib.metadata.entry_points(group=GROUP)
+    for point in points:
+        if point.name == name:
+            runtime: Runtime = point.load()(settings)
+            return runtime
+    known = ", ".join(sorted(point.name for point in points)) or "none"
+    raise ServingError(Kind.INVALID, f"no runtime for backend '{name}' is installed; there are: {known}")

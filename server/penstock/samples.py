@@ -1,0 +1,73 @@
+"""Commands that can be copied: a request made from a model's own inputs, ones for every open dimension."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from penstock.model_config import Signature, TensorSpec
+from penstock.tensor import BF16, BOOL, BYTES, count
+
+MOST_WRITTEN_OUT = 1000  # elements of all inputs; above that, a line of Python makes them
+
+
+def elements(signature: Signature) -> int:
+    """How many elements the sample request has."""
+    return sum(count(_shape(spec)) for spec in _inputs(signature))
+
+
+def curl(signature: Signature, url: str) -> str:
+    """A request in JSON to the server at `url`."""
+    target = f"{url}/v2/models/{quote(signature.model, safe='')}/infer"
+    if elements(signature) <= MOST_WRITTEN_OUT:
+        body = json.dumps({"inputs": [_entry(spec) for spec in _inputs(signature)]}, separators=(",", ":"))
+        return f"curl -s {target} -d {shlex.quote(body)}"
+    entries = ", ".join(
+        f"dict(name={spec.name!r}, shape={_shape(spec)}, datatype={spec.datatype.name!r}, "
+        f"data=[{_value(spec)!r}] * {count(_shape(spec))})"
+        for spec in _inputs(signature)
+    )
+    script = f"import json; print(json.dumps(dict(inputs=[{entries}])))"
+    return f"python3 -c {shlex.quote(script)} | curl -s {target} -d @-"
+
+
+def infer(signature: Signature, options: Sequence[str] = ()) -> str:
+    """The same request as a `penstock infer` line, with `options` after the model's name."""
+    head = shlex.join(["penstock", "infer", signature.model, *options])
+    if elements(signature) <= MOST_WRITTEN_OUT:
+        values = [f"{spec.name}={json.dumps(_nested(spec, _shape(spec)))}" for spec in _inputs(signature)]
+        return f"{head} {shlex.join(values)}"
+    saves = "; ".join(
+        f"numpy.save({f'{position}.npy'!r}, numpy.full({_shape(spec)}, {_value(spec)!r}, {_saved_as(spec)!r}))"
+        for position, spec in enumerate(_inputs(signature))
+    )
+    files = [f"{spec.name}=@{position}.npy" for position, spec in enumerate(_inputs(signature))]
+    return f"python3 -c {shlex.quote(f'import numpy; {saves}')} && {head} {shlex.join(files)}"
+
+
+def _inputs(signature: Signature) -> list[TensorSpec]:
+    return [spec for spec in signature.inputs.values() if not spec.optional]
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    return [1 if dim < 0 else dim for dim in spec.shape]
+
+
+def _value(spec: TensorSpec) -> bool | int | str:
+    return "1" if spec.datatype is BYTES else True if spec.datatype is BOOL else 1
+
+
+def _saved_as(spec: TensorSpec) -> str:
+    """The NumPy type for a file: files hold neither objects nor bfloat16."""
+    return {BYTES: "S1", BF16: "<f4"}.get(spec.datatype, spec.datatype.dtype.str)
+
+
+def _entry(spec: TensorSpec) -> dict[str, Any]:
+    shape = _shape(spec)
+    data = [_value(spec)] * count(shape)
+    return {"name": spec.name, "shape": shape, "datatype": spec.datatype.name, "data": data}
+
+
+def _nested(spec: TensorSpec, shape: Sequence[int]) -> Any:
+    return [_nested(spec, shape[1:]) for _ in range(shape[0])] if shape else _value(spec)

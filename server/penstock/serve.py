@@ -1,0 +1,215 @@
+"""Builds an engine and its doors from settings, listens, and stops in order."""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+import uvicorn
+import uvloop
+
+import penstock
+from penstock import logs, samples
+from penstock.engine import Engine
+from penstock.errors import Kind, ServingError
+from penstock.grpc_api import Door
+from penstock.grpc_api.grpcio_transport import GrpcioServer
+from penstock.http_api import HttpApp, MetricsApp, make_server
+from penstock.lifecycle import State
+from penstock.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+OK, FAILED = 0, 1
+
+
+@dataclass(slots=True)
+class Doors:
+    """What listens, and where."""
+
+    http: uvicorn.Server | None = None
+    http_port: int = 0
+    metrics: uvicorn.Server | None = None
+    metrics_port: int = 0
+    grpc: GrpcioServer | None = None
+    grpc_port: int = 0
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM; the process's exit status. Raises ServingError where serving cannot start."""
+    logs.set_up(settings)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    if not settings.model_repository:
+        raise ServingError(Kind.INVALID, "--model-repository must be specified")
+    _check_addresses(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _on_signal, number, stop)
+    http_socket = _bind(settings, "http") if settings.allow_http else None
+    metrics_socket = _bind(settings, "metrics") if settings.allow_metrics else None
+    if settings.allow_grpc:
+        _bind(settings, "grpc").close()  # grpcio binds for itself, once the models are loaded: fail before that
+
+    engine = Engine(settings)
+    engine.mailbox()  # this loop's
+    await asyncio.to_thread(engine.lifecycle.start)
+    failures = engine.lifecycle.failures()
+    if failures and settings.exit_on_error:
+        logger.error("failed to load all models; --exit-on-error false would serve the others")
+        await asyncio.to_thread(engine.lifecycle.stop, 0.0)
+        return FAILED
+
+    doors = Doors()
+    serving: list[asyncio.Task[None]] = []
+    if http_socket is not None:
+        doors.http = make_server(HttpApp(engine, settings), settings)
+        doors.http_port = http_socket.getsockname()[1]
+        serving.append(asyncio.create_task(doors.http.serve(sockets=[http_socket])))
+    if metrics_socket is not None:
+        doors.metrics = make_server(MetricsApp(engine), settings)
+        doors.metrics_port = metrics_socket.getsockname()[1]
+        serving.append(asyncio.create_task(doors.metrics.serve(sockets=[metrics_socket])))
+    if settings.allow_grpc:
+        doors.grpc = GrpcioServer(Door(engine), settings)
+        doors.grpc_port = await doors.grpc.start(settings.address("grpc"))
+    await _listening(doors, serving)
+    _announce(engine, settings, doors)
+
+    await stop.wait()
+    started_s = time.monotonic()
+    finished = await _stop_doors(doors, serving, settings.exit_timeout_secs)
+    left_s = max(0.0, settings.exit_timeout_secs - (time.monotonic() - started_s))
+    drained = await asyncio.to_thread(engine.lifecycle.stop, left_s)
+    if finished and drained:
+        return OK
+    logger.error("Exit timeout expired. Exiting immediately.")
+    return FAILED
+
+
+def _on_signal(number: int, stop: asyncio.Event) -> None:
+    logger.info("Signal (%d) received.", number)
+    stop.set()
+
+
+async def _listening(doors: Doors, serving: Sequence["asyncio.Task[None]"]) -> None:
+    """Wait until uvicorn accepts connections; raise what kept it from doing so."""
+    servers = [server for server in (doors.http, doors.metrics) if server is not None]
+    while not all(server.started for server in servers):
+        for task in serving:
+            if task.done():
+                task.result()
+                raise ServingError(Kind.INTERNAL, "the HTTP server ended while it was starting")
+        await asyncio.sleep(0.001)
+
+
+async def _stop_doors(doors: Doors, serving: list["asyncio.Task[None]"], timeout_s: float) -> bool:
+    """Take no new connections, answer what was asked. False when time ran out."""
+    for server in (doors.http, doors.metrics):
+        if server is not None:
+            server.should_exit = True
+    stopping: list[asyncio.Task[None]] = list(serving)
+    if doors.grpc is not None:
+        stopping.append(asyncio.create_task(doors.grpc.stop(timeout_s)))
+    if not stopping:
+        return True
+    _, unfinished = await asyncio.wait(stopping, timeout=timeout_s)
+    for task in unfinished:
+        task.cancel()
+    return not unfinished
+
+
+def _check_addresses(settings: Settings) -> None:
+    taken: dict[tuple[str, int], str] = {}
+    for door, allowed in (
+        ("http", settings.allow_http),
+        ("grpc", settings.allow_grpc),
+        ("metrics", settings.allow_metrics),
+    ):
+        address = settings.address(door)  # type: ignore[arg-type]
+        if not allowed or not address[1]:
+            continue
+        if address in taken:
+            raise ServingError(
+                Kind.INVALID,
+                f"The server cannot listen to {taken[address]} requests and {door} requests at the same address and "
+                f"port {address[0]}:{address[1]}",
+            )
+        taken[address] = door
+
+
+def _literal(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _bind(settings: Settings, door: str) -> socket.socket:
+    """A bound socket that does not listen yet. Raises ServingError(UNAVAILABLE) for a port that is taken."""
+    host, port = settings.address(door)  # type: ignore[arg-type]
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        flag = f"--{door}-port"
+        if error.errno == 98:
+            raise ServingError(
+                Kind.UNAVAILABLE, f"Socket '{host}:{port}' already in use; {flag} takes another port, 0 a free one"
+            ) from error
+        raise ServingError(Kind.UNAVAILABLE, f"cannot listen on '{host}:{port}' for {door}: {error}") from error
+    return made
+
+
+def _announce(engine: Engine, settings: Settings, doors: Doors) -> None:
+    """Say where the server listens, what it serves on which device, and how to try it."""
+    addresses = {}
+    for door, port, scheme in (
+        ("http", doors.http_port, "http://"),
+        ("grpc", doors.grpc_port, ""),
+        ("metrics", doors.metrics_port, "http://"),
+    ):
+        if port:
+            host = settings.address(door)[0]  # type: ignore[arg-type]
+            addresses[door] = f"{scheme}{_literal(host)}:{port}"
+    machine = settings.announce == "json"
+    out = sys.stderr if machine else sys.stdout
+    if settings.log_info:
+        _print_summary(engine, addresses, out)
+    if machine:
+        print(json.dumps(addresses), flush=True)
+
+
+def _print_summary(engine: Engine, addresses: dict[str, str], out: TextIO) -> None:
+    rows = [("MODEL", "VERSION", "STATE", "DEVICE")]
+    failures = engine.lifecycle.failures()
+    for name, version, state, reason in engine.lifecycle.index():
+        device = reason
+        if state is State.READY:
+            device = ",".join(engine.model(name, str(version)).devices)
+        elif name in failures:
+            device = failures[name]
+        shown = "UNAVAILABLE" if state is None and name in failures else state.value if state else "not loaded"
+        rows.append((name, "-" if version is None else str(version), shown, device))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    print(f"Penstock {penstock.__version__}", file=out)
+    for row in rows:
+        head = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False))
+        print(f"  {head}  {row[3]}", file=out)
+    for door, address in addresses.items():
+        path = "/metrics" if door == "metrics" else ""
+        print(f"{door:8}{address}{path}", file=out)
+    models = engine.lifecycle.models()
+    if models and "http" in addresses:
+        signature = min((model.signature for model in models), key=samples.elements)
+        print(f"\nTry it:\n  {samples.curl(signature, addresses['http'])}\n", file=out)
+    out.flush()

@@ -1,0 +1,299 @@
+"""Every server option, once. The flag `--http-port`, the variable `PENSTOCK_HTTP_PORT` and the TOML key `http_port`
+follow from the field's name; type, default and help text from its declaration. Names are Triton's where the meaning is.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from penstock.errors import Kind, ServingError
+
+PREFIX = "PENSTOCK_"
+FILE_VARIABLE = f"{PREFIX}CONFIG"
+# Kubernetes gives these to every container beside a service that is called penstock; they are no options.
+SERVICE_LINK = re.compile(
+    rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
+)
+
+
+def _option(
+    default: Any, help: str, group: str, *, metavar: str = "", aliases: Sequence[str] = (), switch: bool = False
+) -> Any:
+    metadata = {"help": help, "group": group, "metavar": metavar, "aliases": aliases, "switch": switch}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `penstock serve` can be told. Sizes are bytes, times are in the unit that the name ends in."""
+
+    model_repository: tuple[str, ...] = _option(
+        (), "a model file, a folder of model files, or a Triton model repository", "models",
+        metavar="PATH", aliases=("model_store",),
+    )  # fmt: skip
+    model_control_mode: Literal["none", "explicit"] = _option(
+        "none", "which models load: all that are found, or only those named by --load-model and through the API",
+        "models",
+    )  # fmt: skip
+    load_model: tuple[str, ...] = _option(
+        (), "a model to load at start in explicit mode; '*' alone means all", "models", metavar="NAME"
+    )
+    exit_on_error: bool = _option(True, "exit when a model fails to load at start", "models")
+    strict_readiness: bool = _option(True, "be ready only while every model that was loaded is", "models")
+    disable_auto_complete_config: bool = _option(False, "require a complete config.pbtxt of every model", "models")
+    model_config_name: str = _option(
+        "", "prefer configs/NAME.pbtxt of a model over its config.pbtxt", "models", metavar="NAME"
+    )
+    model_load_thread_count: int = _option(4, "how many models load at the same time", "models", metavar="N")
+    default_max_batch_size: int = _option(
+        0, "give every model that can be batched and does not say so this max_batch_size (Triton's default is 4); "
+        "0 completes only models whose first axis is named like a batch axis", "models", metavar="N",
+    )  # fmt: skip
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "where models run whose configuration leaves it open; cuda fails where CUDA does not work, "
+        "auto falls back to the CPU and says so", "models",
+    )  # fmt: skip
+    backend_config: tuple[str, ...] = _option(
+        (), "a setting of a runtime, such as onnxruntime,intra_op_thread_count=2", "models", metavar="NAME,KEY=VALUE"
+    )
+
+    host: str = _option("127.0.0.1", "the address that all ports listen on; 0.0.0.0 for every interface", "listening")
+    http_address: str = _option("", "the address for HTTP, where it is not --host", "listening", metavar="ADDRESS")
+    http_port: int = _option(8000, "HTTP port; 0 takes a free one", "listening", metavar="PORT")
+    grpc_address: str = _option("", "the address for gRPC, where it is not --host", "listening", metavar="ADDRESS")
+    grpc_port: int = _option(8001, "gRPC port; 0 takes a free one", "listening", metavar="PORT")
+    metrics_address: str = _option(
+        "", "the address for metrics, where it is not that of HTTP", "listening", metavar="ADDRESS"
+    )
+    metrics_port: int = _option(8002, "port for Prometheus metrics; 0 takes a free one", "listening", metavar="PORT")
+    allow_http: bool = _option(True, "serve HTTP", "listening")
+    allow_grpc: bool = _option(True, "serve gRPC", "listening")
+    allow_metrics: bool = _option(True, "serve metrics", "listening")
+    announce: Literal["", "json"] = _option(
+        "", "print one line on standard output when ready, naming the ports", "listening"
+    )
+    exit_timeout_secs: int = _option(
+        30, "how long accepted requests may take to finish once the server is told to stop", "listening", metavar="S"
+    )
+
+    http_max_input_size: int = _option(
+        64 << 20, "limit on the JSON of a request, a raw body, and a body once it is decompressed", "HTTP",
+        metavar="BYTES",
+    )  # fmt: skip
+    http_max_body_size: int = _option(
+        2**31 - 1, "limit on a request body as a whole, binary tensors included", "HTTP", metavar="BYTES"
+    )
+    http_max_header_size: int = _option(
+        64 << 10, "limit on the request line and headers of a request", "HTTP", metavar="BYTES"
+    )
+    http_header_timeout_secs: int = _option(
+        60, "how long a client may take from its first byte to the end of the headers", "HTTP", metavar="S"
+    )
+    http_keep_alive_secs: int = _option(75, "how long an idle connection stays open", "HTTP", metavar="S")
+    http_header_forward_pattern: str = _option(
+        "", "request headers whose name matches become string parameters of the request", "HTTP", metavar="REGEX"
+    )
+    http_response_compression: Literal["auto", "on", "off"] = _option(
+        "auto", "compress answers to clients that accept it: JSON over 16 KB only, always, never", "HTTP"
+    )
+    json_non_finite: Literal["string", "literal"] = _option(
+        "string", 'NaN and infinities in JSON answers: as strings ("NaN"), or as the bare literals that Triton writes',
+        "HTTP",
+    )  # fmt: skip
+
+    grpc_max_message_size: int = _option(2**31 - 1, "limit on a message, either way", "gRPC", metavar="BYTES")
+    grpc_header_forward_pattern: str = _option(
+        "", "request metadata whose key matches becomes string parameters of the request", "gRPC", metavar="REGEX"
+    )
+
+    max_tensors: int = _option(1024, "limit on the input tensors of a request", "limits", metavar="N")
+    max_rank: int = _option(32, "limit on the number of dimensions of a tensor", "limits", metavar="N")
+
+    id: str = _option("penstock", "the server's name in its metadata", "server", metavar="NAME")
+    log_verbose: int = _option(
+        0, "1 logs what the server does in detail, 2 also what its libraries do", "server", metavar="LEVEL", switch=True
+    )
+    log_info: bool = _option(True, "log what the server does", "server")
+    log_warning: bool = _option(True, "log warnings", "server")
+    log_error: bool = _option(True, "log errors", "server")
+    log_format: Literal["default", "ISO8601"] = _option("default", "how log lines begin", "server")
+    log_file: str = _option("", "write the log to this file instead of standard error", "server", metavar="PATH")
+
+    def address(self, door: Literal["http", "grpc", "metrics"]) -> tuple[str, int]:
+        """Where a door listens."""
+        host: str = getattr(self, f"{door}_address") or (self.http_address if door == "metrics" else "") or self.host
+        port: int = getattr(self, f"{door}_port")
+        return host, port
+
+    def runtime_settings(self, runtime: str) -> dict[str, str]:
+        """The `--backend-config` entries for one runtime. Those without a name are for all; of equal keys, the last.
+
+        Raises ServingError(INVALID) for an entry that is no setting.
+        """
+        chosen = {}
+        for entry in self.backend_config:
+            head, equals, value = entry.partition("=")
+            name, _, key = head.rpartition(",")
+            if not equals or not key:
+                raise ServingError(Kind.INVALID, f"--backend-config expects NAME,KEY=VALUE, got '{entry}'")
+            if name in ("", runtime):
+                chosen[key] = value
+        if self.default_max_batch_size:
+            chosen.setdefault("default-max-batch-size", str(self.default_max_batch_size))
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of Settings, as the outside sees it."""
+
+    name: str  # the TOML key
+    type: type[bool] | type[int] | type[str]
+    repeated: bool
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    group: str
+    metavar: str
+    aliases: tuple[str, ...]
+    switch: bool  # a number that may also be switched on and off by itself, as in `--log-verbose`
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    def parse(self, text: str, source: str) -> Any:
+        """A value from text, as a flag or a variable gives it. Raises ServingError(INVALID) naming `source`."""
+        try:
+            if self.type is bool:
+                return BOOLS[text.lower()]
+            if self.switch and text.lower() in ("true", "false"):
+                return int(text.lower() == "true")
+            if self.type is int:
+                return int(text)
+        except (KeyError, ValueError):
+            wanted = "true or false" if self.type is bool else "a whole number"
+            raise ServingError(Kind.INVALID, f"{source} expects {wanted}, got '{text}'") from None
+        if self.choices and text not in self.choices:
+            raise ServingError(
+                Kind.INVALID, f"{source} expects one of {', '.join(c for c in self.choices if c)}, got '{text}'"
+            )
+        return text
+
+
+BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def _options() -> dict[str, Option]:
+    hints = get_type_hints(Settings)
+    options = {}
+    for entry in dataclasses.fields(Settings):
+        hint = hints[entry.name]
+        repeated = get_origin(hint) is tuple
+        item = get_args(hint)[0] if repeated else hint
+        choices = get_args(item) if get_origin(item) is Literal else ()
+        meta = entry.metadata
+        options[entry.name] = Option(
+            entry.name, str if choices else item, repeated, choices, entry.default, meta["help"], meta["group"],
+            meta["metavar"], tuple(meta["aliases"]), meta["switch"],
+        )  # fmt: skip
+    return options
+
+
+OPTIONS: dict[str, Option] = _options()
+
+
+def from_sources(
+    flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ, file: Path | None = None
+) -> Settings:
+    """Settings from flags, environment variables and a TOML file; of these, the first that names an option decides it.
+
+    `flags` holds parsed values by field name; without `file`, the variable PENSTOCK_CONFIG may name one. Raises
+    ServingError(INVALID) for an unknown name, with the nearest known one, and for a value of the wrong type or out of
+    range.
+    """
+    values: dict[str, Any] = {}
+    named = environment.get(FILE_VARIABLE)
+    if file is None and named:
+        file = Path(named)
+    if file is not None:
+        values.update(_from_toml(file))
+    for variable, text in environment.items():
+        if variable.startswith(PREFIX) and variable != FILE_VARIABLE and not SERVICE_LINK.fullmatch(variable):
+            name = variable.removeprefix(PREFIX).lower()
+            option = OPTIONS.get(name)
+            if option is None:
+                raise ServingError(
+                    Kind.INVALID, f"unknown environment variable {variable}{nearest(name, PREFIX, upper=True)}"
+                )
+            parts = text.split(os.pathsep) if option.repeated else [text]
+            parsed = [option.parse(part, variable) for part in parts if part or not option.repeated]
+            values[name] = tuple(parsed) if option.repeated else parsed[0]
+    values.update(flags)
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def _from_toml(file: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ServingError(Kind.INVALID, f"cannot read settings from '{file}': {error}") from error
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        option = OPTIONS.get(name)
+        if option is None:
+            raise ServingError(Kind.INVALID, f"unknown key '{name}' in '{file}'{nearest(name)}")
+        items = value if option.repeated and isinstance(value, list) else [value]
+        for item in items:
+            if type(item) is not option.type or (option.choices and item not in option.choices):
+                wanted = ", ".join(filter(None, option.choices)) or option.type.__name__
+                raise ServingError(Kind.INVALID, f"key '{name}' in '{file}' expects {wanted}, got {item!r}")
+        values[name] = tuple(items) if option.repeated else value
+    return values
+
+
+def nearest(name: str, prefix: str = "", *, upper: bool = False, dashes: bool = False) -> str:
+    """`; did you mean …?` for the option whose name comes nearest to `name`, or nothing."""
+    known = {alias: option.name for option in OPTIONS.values() for alias in (option.name, *option.aliases)}
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    if not close:
+        return ""
+    best = known[close[0]]
+    best = best.replace("_", "-") if dashes else best.upper() if upper else best
+    return f"; did you mean {prefix}{best}?"
+
+
+def _check(settings: Settings) -> None:
+    for door in ("http", "grpc", "metrics"):
+        port = getattr(settings, f"{door}_port")
+        if not 0 <= port <= 65535:
+            raise ServingError(Kind.INVALID, f"--{door}-port expects a port from 0 to 65535, got {port}")
+    for name in ("http_max_input_size", "http_max_body_size", "http_max_header_size", "http_header_timeout_secs",
+                 "http_keep_alive_secs", "model_load_thread_count", "max_tensors", "max_rank",
+                 "grpc_max_message_size"):  # fmt: skip
+        if getattr(settings, name) < 1:
+            raise ServingError(
+                Kind.INVALID, f"{OPTIONS[name].flag} expects a positive number, got {getattr(settings, name)}"
+            )
+    for name in ("exit_timeout_secs", "default_max_batch_size", "log_verbose"):
+        if getattr(settings, name) < 0:
+            raise ServingError(
+                Kind.INVALID, f"{OPTIONS[name].flag} must not be negative, got {getattr(settings, name)}"
+            )
+    settings.runtime_settings("")  # raises what is wrong with an entry
+    if settings.load_model and settings.model_control_mode != "explicit":
+        raise ServingError(Kind.INVALID, "--load-model needs --model-control-mode explicit")
+    if "*" in settings.load_model and len(settings.load_model) > 1:
+        raise ServingError(Kind.INVALID, "Wildcard model name '*' must be the ONLY startup model if specified at all.")

@@ -1,0 +1,498 @@
+"""Workers run batches, answer every request exactly once, and stop when they are told."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from penstock.errors import Kind, ServingError
+from penstock.instances import INLINE_ENDS_NS, INLINE_SLOW_RUNS, Crew
+from penstock.messages import InferRequest, InferResponse
+from penstock.queueing import Fifo, Pending, Scheduler
+from penstock.runtime import Cancelled, Instance, Reply
+from penstock.statistics import Execution
+
+from .fakes import (
+    LIMIT_S,
+    Answers,
+    EchoInstance,
+    GatedInstance,
+    Result,
+    ScriptedInstance,
+    StreamingInstance,
+    pending,
+    request,
+)
+
+GONE = ServingError(Kind.CANCELLED, "gone")
+
+
+class Ledger:
+    """What a crew told its model."""
+
+    def __init__(self) -> None:
+        self.times: list[Execution] = []
+        self.withdrawn: list[ServingError] = []
+
+    def finish(self, batch: Sequence[Pending], results: Sequence[Result], times: Execution) -> None:
+        self.times.append(times)
+        for one, result in zip(batch, results, strict=True):
+            one.reply(result)
+
+    def withdraw(self, one: Pending, reason: ServingError) -> None:
+        self.withdrawn.append(reason)
+        one.reply(reason)
+
+
+@contextmanager
+def crew(*instances: Instance, scheduler: Scheduler | None = None, ledger: Ledger | None = None) -> Iterator[Crew]:
+    ledger = Ledger() if ledger is None else ledger
+    made = Crew("m", Fifo() if scheduler is None else scheduler, instances, ledger.finish, ledger.withdraw)
+    try:
+        yield made
+        assert made.drain(LIMIT_S)
+    finally:
+        made.close()
+
+
+def submit(to: Crew, *values: float, id: str = "", size: int = 4, deadline_ns: int = 0) -> tuple[Pending, Answers]:
+    answers = Answers()
+    sent = request(*values, id=id)
+    sent.deadline_ns = deadline_ns
+    one = pending(sent, answers)
+    to.submit(one, size)
+    return one, answers
+
+
+def test_a_request_runs_on_the_workers_thread_and_is_answered() -> None:
+    instance, ledger = EchoInstance(2), Ledger()
+    with crew(instance, ledger=ledger) as made:
+        _, answers = submit(made, 3)
+        assert answers.values() == [6]
+    assert instance.threads != [threading.get_ident()]
+    [times] = ledger.times
+    assert times.started_ns <= times.inputs_ready_ns <= times.outputs_came_ns <= times.ended_ns
+
+
+def test_a_short_request_to_an_idle_instance_runs_on_the_calling_thread() -> None:
+    instance = EchoInstance()
+    with crew(instance) as made:
+        made.allow_inline(4)
+        _, answers = submit(made, size=4)
+        assert answers.ended == 1
+    assert instance.threads == [threading.get_ident()]
+
+
+def test_a_longer_request_than_was_measured_goes_to_the_worker() -> None:
+    instance = EchoInstance()
+    with crew(instance) as made:
+        made.allow_inline(4)
+        submit(made, size=5)[1].one()
+    assert instance.threads != [threading.get_ident()]
+
+
+def test_nothing_runs_inline_while_the_instance_is_busy() -> None:
+    instance = GatedInstance()
+    with crew(instance) as made:
+        submit(made, id="first")
+        instance.wait_begun()
+        made.allow_inline(4)
+        submit(made, id="second")
+        assert made.waiting == 1
+        instance.gate.set()
+    assert instance.batches == [["first"], ["second"]]
+    assert threading.get_ident() not in instance.threads
+
+
+def test_slow_inline_runs_in_a_row_are_the_last_ones() -> None:
+    def slow(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        until = time.monotonic_ns() + 2 * INLINE_ENDS_NS
+        while time.monotonic_ns() < until:
+            pass
+        return [EchoInstance().answer(sent) for sent in batch]
+
+    instance = ScriptedInstance(slow)
+    with crew(instance) as made:
+        made.allow_inline(4)
+        for _ in range(INLINE_SLOW_RUNS):
+            assert made.inline_bytes == 4
+            submit(made)
+        assert made.inline_bytes == -1
+        submit(made)[1].one()
+    assert [thread == threading.get_ident() for thread in instance.threads] == [True] * INLINE_SLOW_RUNS + [False]
+
+
+def test_what_comes_during_an_inline_run_goes_to_the_worker_of_that_instance() -> None:
+    instance = GatedInstance()
+    with crew(instance) as made:
+        made.allow_inline(4)
+        inline = threading.Thread(target=submit, args=(made, 1.0), kwargs={"id": "inline"})
+        inline.start()
+        instance.wait_begun()
+        _, answers = submit(made, id="waits")
+        assert made.waiting == 1
+        instance.gate.set()
+        answers.one()
+        inline.join(LIMIT_S)
+    assert instance.batches == [["inline"], ["waits"]]
+    assert instance.threads[0] == inline.ident != instance.threads[1]
+
+
+def test_closing_waits_for_a_run_on_another_thread() -> None:
+    instance = GatedInstance()
+    made = Crew("m", Fifo(), [instance], Ledger().finish, Ledger().withdraw)
+    made.allow_inline(4)
+    inline = threading.Thread(target=submit, args=(made,))
+    inline.start()
+    instance.wait_begun()
+    closing = threading.Thread(target=made.close)
+    closing.start()
+    closing.join(0.02)
+    assert (closing.is_alive(), instance.closed) == (True, 0)
+    instance.gate.set()
+    closing.join(LIMIT_S)
+    inline.join(LIMIT_S)
+    assert instance.closed == 1
+
+
+def test_every_instance_has_its_worker() -> None:
+    instances = [GatedInstance() for _ in range(3)]
+    with crew(*instances) as made:
+        answers = [submit(made)[1] for _ in range(3)]
+        for instance in instances:
+            instance.wait_begun()  # all run at the same time, or this would never come
+        for instance in instances:
+            instance.gate.set()
+        for answer in answers:
+            answer.one()
+    assert len({instance.threads[0] for instance in instances}) == 3
+
+
+def test_a_free_instance_takes_what_a_busy_one_cannot() -> None:
+    first, second = GatedInstance(), GatedInstance()
+    second.begun = first.begun
+    with crew(first, second) as made:
+        submit(made, id="long")
+        first.wait_begun()  # one of the two
+        busy, free = (first, second) if first.batches else (second, first)
+        free.gate.set()
+        for number in range(20):
+            submit(made, id=str(number))[1].one()
+        busy.gate.set()
+    assert (busy.batches, len(free.batches)) == ([["long"]], 20)
+
+
+class Delayed(Fifo):
+    """Lets nothing leave before `due_ns`, then one at a time. `looked` counts the workers that got nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.due_ns = 0
+        self.looked = threading.Semaphore(0)
+
+    def take(self, now_ns: int) -> list[Pending]:
+        return super().take(now_ns) if now_ns >= self.due_ns else []
+
+    def wake_at(self, now_ns: int) -> int | None:
+        self.looked.release()
+        return self.due_ns if len(self) else None
+
+
+def test_what_falls_due_together_runs_together_though_one_worker_kept_the_time() -> None:
+    instances = [GatedInstance(), GatedInstance()]
+    scheduler = Delayed()
+    with crew(*instances, scheduler=scheduler) as made:
+        for _ in instances:
+            assert scheduler.looked.acquire(timeout=LIMIT_S)  # each worker sleeps, with no time to wake at
+        scheduler.due_ns = time.monotonic_ns() + 100_000_000
+        answers = [submit(made)[1]]
+        assert scheduler.looked.acquire(timeout=LIMIT_S)  # one was woken, keeps the time, and is woken again
+        answers.append(submit(made)[1])
+        for instance in instances:
+            instance.wait_begun()
+        for instance in instances:
+            instance.gate.set()
+        for answer in answers:
+            answer.one()
+
+
+def test_a_request_that_cannot_be_queued_leaves_the_worker_idle() -> None:
+    class Full(Fifo):
+        full = True
+
+        def add(self, pending: Pending, now_ns: int) -> None:
+            if self.full:
+                raise ServingError(Kind.UNAVAILABLE, "the queue is full")
+            super().add(pending, now_ns)
+
+    scheduler = Full()
+    with crew(EchoInstance(), scheduler=scheduler) as made:
+        with pytest.raises(ServingError, match="the queue is full"):
+            submit(made)
+        scheduler.full = False
+        submit(made)[1].one()
+
+
+def test_a_batch_that_raises_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        if batch[0].id == "bad":
+            raise RuntimeError("no luck")
+        return [EchoInstance().answer(sent) for sent in batch]
+
+    with crew(ScriptedInstance(script)) as made:
+        error = submit(made, id="bad")[1].error()
+        assert submit(made, 5, id="good")[1].values() == [5]
+    assert (error.kind, error.message) == (Kind.INTERNAL, "model 'm' failed: RuntimeError: no luck")
+    assert "model m failed on request bad" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_an_error_that_the_model_means_reaches_the_client_as_it_is() -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        raise ServingError(Kind.INVALID, "the model takes no such thing")
+
+    with crew(ScriptedInstance(script)) as made:
+        error = submit(made)[1].error()
+    assert (error.kind, error.message) == (Kind.INVALID, "the model takes no such thing")
+
+
+class Pairs(Fifo):
+    """Two together, always."""
+
+    def take(self, now_ns: int) -> list[Pending]:
+        return super().take(now_ns) + super().take(now_ns) if len(self) >= 2 else []
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_wrong_number_of_results_fails_the_whole_batch(number: int) -> None:
+    instance = ScriptedInstance(lambda batch: [InferResponse("m", "1", "", [])] * number)
+    with crew(instance, scheduler=Pairs()) as made:
+        answers = [submit(made, id=str(index))[1] for index in range(2)]
+        errors = [answer.error() for answer in answers]
+    assert {(error.kind, error.message) for error in errors} == {
+        (Kind.INTERNAL, f"model 'm' failed: ValueError: {number} answers to 2 requests")
+    }
+
+
+def test_one_request_of_a_batch_may_fail() -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        return [ServingError(Kind.INVALID, "odd") if sent.id == "1" else EchoInstance().answer(sent) for sent in batch]
+
+    with crew(ScriptedInstance(script), scheduler=Pairs()) as made:
+        answers = [submit(made, 7, id=str(index))[1] for index in range(2)]
+        assert answers[0].values() == [7]
+        assert answers[1].error().message == "odd"
+
+
+def test_a_cancelled_request_that_waits_is_answered_at_once_and_never_runs() -> None:
+    instance, ledger = GatedInstance(), Ledger()
+    with crew(instance, ledger=ledger) as made:
+        submit(made, id="runs")
+        instance.wait_begun()
+        one, answers = submit(made, id="cancelled")
+        one.cancel(GONE)
+        assert answers.error() is GONE
+        assert made.waiting == 0
+        instance.gate.set()
+    assert instance.batches == [["runs"]]
+    assert ledger.withdrawn == [GONE]
+
+
+def test_cancelling_what_runs_does_not_take_its_answer() -> None:
+    instance = GatedInstance()
+    with crew(instance) as made:
+        one, answers = submit(made, 4)
+        instance.wait_begun()
+        one.cancel(GONE)
+        instance.gate.set()
+        assert answers.values() == [4]
+        assert one.cancelled.reason is GONE
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_a_request_past_its_deadline_never_runs(inline: bool) -> None:
+    instance = EchoInstance()
+    with crew(instance) as made:
+        made.allow_inline(4 if inline else -1)
+        error = submit(made, deadline_ns=time.monotonic_ns() - 3_000_000)[1].error()
+        submit(made, id="next", deadline_ns=time.monotonic_ns() + 10**12)[1].one()
+    assert error.kind is Kind.DEADLINE
+    assert re.fullmatch(r"the deadline passed \d+\.\d ms before the request could run", error.message)
+    assert instance.batches == [["next"]]
+
+
+def test_those_of_a_batch_that_nobody_wants_do_not_run_with_it() -> None:
+    instance = EchoInstance()
+    with crew(instance, scheduler=Pairs()) as made:
+        late = submit(made, id="late", deadline_ns=1)[1]
+        wanted = submit(made, id="wanted")[1]
+        assert late.error().kind is Kind.DEADLINE
+        wanted.one()
+    assert instance.batches == [["wanted"]]
+
+
+def test_draining_refuses_what_is_new_and_finishes_what_was_accepted() -> None:
+    instance = GatedInstance()
+    with crew(instance) as made:
+        accepted = [submit(made, id=str(number))[1] for number in range(3)]
+        instance.wait_begun()
+        assert not made.drain(0)
+        with pytest.raises(ServingError) as caught:
+            submit(made, id="x")
+        instance.gate.set()
+        assert made.drain(LIMIT_S)
+        assert [answers.ended for answers in accepted] == [1, 1, 1]
+    assert caught.value.kind is Kind.UNAVAILABLE
+    assert caught.value.message == (
+        "[request id: x] Server is stopping, scheduler for model has stopped accepting new inference requests"
+    )
+
+
+def test_an_idle_crew_is_drained_at_once() -> None:
+    with crew(EchoInstance()) as made:
+        assert made.drain(0)
+
+
+def test_closing_ends_the_threads_and_closes_each_instance_once() -> None:
+    before = threading.active_count()
+    instances = [EchoInstance(), EchoInstance()]
+    with crew(*instances) as made:
+        submit(made)[1].one()
+        assert threading.active_count() == before + 2
+    assert threading.active_count() == before
+    assert [instance.closed for instance in instances] == [1, 1]
+
+
+# -- instances that stream
+
+
+def test_a_streaming_instance_has_as_many_requests_in_flight_as_it_allows() -> None:
+    instance = StreamingInstance(max_in_flight=2)
+    with crew(instance) as made:
+        answers = [submit(made, id=str(number))[1] for number in range(3)]
+        instance.wait_started(2)
+        assert made.waiting == 1
+        assert len(instance.started) == 2
+        sent, reply, _ = instance.started[0]
+        reply(instance.answer(sent))
+        instance.wait_started(3)
+        for sent, reply, _ in instance.started[1:]:
+            reply(instance.answer(sent))
+        for answer in answers:
+            answer.one()
+
+
+def test_a_streamed_request_ends_with_its_final_reply() -> None:
+    instance = StreamingInstance()
+    with crew(instance) as made:
+        _, answers = submit(made, 1)
+        instance.wait_started(1)
+        sent, reply, _ = instance.started[0]
+        reply(instance.answer(sent), final=False)
+        reply(instance.answer(sent), final=False)
+        assert not made.drain(0)
+        reply(instance.answer(sent))
+        assert made.drain(LIMIT_S)
+        assert (len(answers.given), answers.ended) == (3, 1)
+
+
+def test_a_start_that_raises_is_a_final_reply() -> None:
+    def script(sent: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
+        raise RuntimeError("cannot start")
+
+    with crew(StreamingInstance(script=script)) as made:
+        errors = [submit(made)[1].error() for _ in range(3)]  # each frees its place for the next
+    assert {error.message for error in errors} == {"model 'm' failed: RuntimeError: cannot start"}
+
+
+def test_a_start_that_raises_after_its_final_reply_is_answered_once() -> None:
+    def script(sent: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
+        reply(EchoInstance().answer(sent))
+        raise RuntimeError("too late to matter")
+
+    with crew(StreamingInstance(script=script)) as made:
+        assert submit(made, 2)[1].values() == [2]
+        assert submit(made, 3)[1].values() == [3]
+
+
+def test_a_cancelled_request_that_streams_is_told() -> None:
+    instance = StreamingInstance()
+    with crew(instance) as made:
+        one, _ = submit(made)
+        instance.wait_started(1)
+        _, reply, cancelled = instance.started[0]
+        one.cancel(GONE)
+        assert cancelled.reason is GONE
+        reply(GONE)
+
+
+def test_a_request_past_its_deadline_is_not_started() -> None:
+    instance = StreamingInstance()
+    with crew(instance) as made:
+        assert submit(made, deadline_ns=1)[1].error().kind is Kind.DEADLINE
+        submit(made, id="next")
+        instance.wait_started(1)
+        sent, reply, _ = instance.started[0]
+        assert sent.id == "next"
+        reply(instance.answer(sent))
+
+
+# -- any order of events
+
+STEPS = st.lists(st.sampled_from(["submit", "cancel newest", "cancel oldest", "late"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scripts=st.lists(STEPS, min_size=1, max_size=4),
+    instances=st.integers(1, 3),
+    inline=st.booleans(),
+    pairs=st.booleans(),
+)
+def test_every_request_is_answered_exactly_once_whatever_threads_do(
+    scripts: list[list[str]], instances: int, inline: bool, pairs: bool
+) -> None:
+    class PairsOrOne(Fifo):
+        def take(self, now_ns: int) -> list[Pending]:
+            return super().take(now_ns) + (super().take(now_ns) if pairs else [])
+
+    ready = threading.Barrier(len(scripts))
+    accepted: list[list[tuple[Pending, Answers]]] = [[] for _ in scripts]
+    ledger = Ledger()
+
+    def play(number: int) -> None:
+        ready.wait(LIMIT_S)
+        for position, step in enumerate(scripts[number]):
+            mine = accepted[number]
+            if step in ("submit", "late"):
+                late = 1 if step == "late" else 0
+                mine.append(submit(made, number, position, id=f"{number}.{position}", deadline_ns=late))
+            elif mine:
+                mine[-1 if step == "cancel newest" else 0][0].cancel(GONE)
+
+    echoes = [EchoInstance() for _ in range(instances)]
+    with crew(*echoes, scheduler=PairsOrOne(), ledger=ledger) as made:
+        made.allow_inline(4 if inline else -1)
+        threads = [threading.Thread(target=play, args=(number,)) for number in range(len(scripts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT_S)
+        assert made.drain(LIMIT_S)
+
+    ran = [id for echo in echoes for batch in echo.batches for id in batch]
+    every = [one for mine in accepted for one in mine]
+    for one, answers in every:
+        result = answers.one()
+        times_run = ran.count(one.request.id)
+        if isinstance(result, InferResponse):
+            assert times_run == 1
+            assert result.outputs[0].array.tolist() == one.request.inputs["X"].array.tolist()
+        else:
+            assert times_run == 0
+            assert result.kind in (Kind.CANCELLED, Kind.DEADLINE)
+    assert len(ran) + len(ledger.withdrawn) == len(every)

@@ -1,0 +1,295 @@
+"""A version runs requests, counts them, and finds out whether it is short enough to run inline."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from penstock.errors import Kind, ServingError
+from penstock.instances import INLINE_LIMIT_NS
+from penstock.messages import InferRequest, InferResponse
+from penstock.model import PROBES, Model
+from penstock.runtime import Credit
+from penstock.statistics import Duration
+from penstock.tensor import BYTES, FP32, Tensor, objects
+
+from .fakes import (
+    LIMIT_S,
+    Answers,
+    EchoInstance,
+    GatedInstance,
+    Result,
+    ScriptedInstance,
+    StreamingInstance,
+    configuration,
+    loaded,
+    model,
+    pending,
+    request,
+)
+
+GONE = ServingError(Kind.CANCELLED, "gone")
+TEXT = """
+    name: "m" backend: "fake" max_batch_size: 4
+    input { name: "X" data_type: TYPE_STRING dims: -1 }
+    output { name: "Y" data_type: TYPE_FP32 dims: -1 }
+"""
+
+
+def close(made: Model) -> None:
+    assert made.drain(LIMIT_S)
+    made.close()
+
+
+def ask(made: Model, sent: InferRequest) -> Answers:
+    answers = Answers()
+    made.submit(pending(sent, answers))
+    return answers
+
+
+def test_a_request_is_answered_and_counted() -> None:
+    made = model(EchoInstance(3))
+    assert ask(made, request(1, 2)).values() == [3, 6]
+    close(made)
+    counts = made.statistics
+    assert (counts.success.count, counts.inference_count, counts.execution_count) == (1, 1, 1)
+    assert counts.success.ns >= counts.compute_infer.ns + counts.queue.ns > 0
+
+
+def test_the_answer_names_the_version_that_ran() -> None:
+    made = model()
+    answer = ask(made, request()).one()
+    close(made)
+    assert isinstance(answer, InferResponse)
+    assert answer.version == "1"
+
+
+def test_rows_are_what_is_counted_as_inferences() -> None:
+    made = model()
+    sent = request(1)
+    sent.rows = 5
+    ask(made, sent).one()
+    close(made)
+    assert (made.statistics.inference_count, list(made.statistics.batches)) == (5, [5])
+
+
+def test_a_failure_is_counted_as_the_backends() -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        raise RuntimeError("no luck")
+
+    made = model(ScriptedInstance(script))
+    assert ask(made, request()).error().kind is Kind.INTERNAL
+    close(made)
+    assert (made.statistics.fail.count, made.statistics.failures["BACKEND"]) == (1, 1)
+    assert made.statistics.fail.ns > 0
+    assert made.statistics.success == Duration()
+
+
+@pytest.mark.parametrize(
+    ("reason", "counted_as"), [(GONE, "CANCELED"), (ServingError(Kind.TIMED_OUT, "too long in the queue"), "REJECTED")]
+)
+def test_what_does_not_run_is_counted_by_its_reason(reason: ServingError, counted_as: str) -> None:
+    instance = GatedInstance()
+    made = model(instance)
+    running = ask(made, request())
+    instance.wait_begun()
+    one = pending(request(), answers := Answers())
+    made.submit(one)
+    assert made.waiting == 1
+    one.cancel(reason)
+    assert answers.error() is reason
+    instance.gate.set()
+    running.one()
+    close(made)
+    assert (made.statistics.fail.count, made.statistics.failures[counted_as]) == (1, 1)
+
+
+def test_a_reply_that_fails_costs_nobody_else_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(result: Result, final: bool = True, partial: bool = False) -> Credit:
+        raise RuntimeError("the door is broken")
+
+    for instance in (EchoInstance(), EchoInstance(device="cuda:0")):  # on this thread, and on the worker's
+        made = model(instance)
+        made.submit(pending(request(id="lost"), broken))
+        assert ask(made, request(8)).values() == [8]
+        close(made)
+    assert caplog.text.count("model m: the reply to request lost failed") == 2
+
+
+# -- classification
+
+
+def test_a_request_may_want_classes_instead_of_the_tensor() -> None:
+    config = configuration()
+    made = Model(loaded(config, {"Y": ("zero", "one")}), [EchoInstance()])
+    answer = ask(made, request(0.5, 2, Y=1)).one()
+    close(made)
+    assert isinstance(answer, InferResponse)
+    [output] = answer.outputs
+    assert (output.datatype, output.array.tolist()) == (BYTES, [b"2.000000:1:one"])
+
+
+def test_a_named_output_without_classes_stays_a_tensor() -> None:
+    made = model()
+    assert ask(made, request(0.5, 2, Y=0)).values() == [0.5, 2]
+    close(made)
+
+
+def test_classes_that_cannot_be_made_fail_the_request() -> None:
+    strings = [Tensor("Y", BYTES, objects([b"a"], [1]))]
+    made = model(ScriptedInstance(lambda batch: [InferResponse("m", "", "", list(strings)) for _ in batch]))
+    error = ask(made, request(1, Y=1)).error()
+    close(made)
+    assert (error.kind, error.message) == (
+        Kind.INVALID,
+        "class result not available for output due to unsupported type 'BYTES'",
+    )
+    assert (made.statistics.fail.count, made.statistics.success.count) == (1, 0)
+
+
+# -- inline
+
+
+class Timed(EchoInstance):
+    """Takes `ns` for a request of up to `elements`, and far too long for a larger one."""
+
+    def __init__(self, ns: int, elements: int = 10**9) -> None:
+        super().__init__()
+        self._ns = ns
+        self._elements = elements
+        self.shapes: list[tuple[int, ...]] = []
+
+    def answers(self, batch: Sequence[InferRequest]) -> Sequence[Result]:
+        array = batch[0].inputs["X"].array
+        self.shapes.append(array.shape)
+        until = time.perf_counter_ns() + (self._ns if array.size <= self._elements else 3 * INLINE_LIMIT_NS)
+        while time.perf_counter_ns() < until:
+            pass
+        return [InferResponse("m", "", "", []) for _ in batch]
+
+
+def test_a_short_model_runs_inline_up_to_the_largest_request_that_was_measured() -> None:
+    instance = Timed(0)
+    made = model(instance)
+    size = PROBES[-1][1]
+    assert made.inline_bytes == size * 4
+    ask(made, request(*range(size))).one()
+    ask(made, request(*range(size + 1))).one()
+    close(made)
+    assert instance.threads[-2] == threading.get_ident() != instance.threads[-1]
+
+
+def test_only_sizes_that_are_short_enough_run_inline() -> None:
+    made = model(Timed(0, elements=1))
+    close(made)
+    assert made.inline_bytes == 4
+
+
+def test_a_long_model_never_runs_inline() -> None:
+    made = model(Timed(3 * INLINE_LIMIT_NS))
+    close(made)
+    assert made.inline_bytes == -1
+
+
+def test_open_dimensions_and_rows_are_probed_within_the_models_limit() -> None:
+    config = configuration(
+        'name: "m" backend: "fake" max_batch_size: 2 input { name: "X" data_type: TYPE_FP32 dims: [ -1, 3 ] }'
+        'output { name: "Y" data_type: TYPE_FP32 dims: 1 }'
+    )
+    instance = Timed(0)
+    made = model(instance, config=config)
+    close(made)
+    assert list(dict.fromkeys(instance.shapes)) == [(1, 1, 3), (2, 1, 3), (2, 16, 3)]
+
+
+def test_strings_are_probed_with_strings() -> None:
+    seen: list[object] = []
+
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        seen.append(batch[0].inputs["X"].array.tolist())
+        return [InferResponse("m", "", "", []) for _ in batch]
+
+    made = model(ScriptedInstance(script, device="cpu"), config=configuration(TEXT))
+    close(made)
+    assert seen[0] == [[b"0"]]
+    assert made.inline_bytes == 4 * 16 * (8 + 1)  # a reference and one byte each
+
+
+def test_the_bytes_of_strings_count_towards_the_limit() -> None:
+    made = model(
+        ScriptedInstance(lambda batch: [InferResponse("m", "", "", []) for _ in batch], device="cpu"),
+        config=configuration(TEXT),
+    )
+    instance_threads = []
+    for length in (1, made.inline_bytes):
+        sent = InferRequest("m", "", "", {"X": Tensor("X", BYTES, objects([b"x" * length], [1, 1]))}, {})
+        answers = ask(made, sent)
+        answers.one()
+        instance_threads.append(answers.thread == threading.get_ident())
+    close(made)
+    assert instance_threads == [True, False]
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_a_model_on_a_gpu_is_not_probed(device: str) -> None:
+    instance = EchoInstance(device=device)
+    made = model(instance)
+    close(made)
+    assert (made.inline_bytes, instance.batches, made.devices) == (-1, [], (device,))
+
+
+def test_a_streaming_model_is_not_probed() -> None:
+    made = model(StreamingInstance())
+    close(made)
+    assert made.inline_bytes == -1
+
+
+def test_a_model_that_cannot_run_on_zeros_loads_and_does_not_run_inline() -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        if not batch[0].inputs["X"].array.any():
+            raise ValueError("zeros make no sense")
+        return [EchoInstance().answer(sent) for sent in batch]
+
+    made = model(ScriptedInstance(script, device="cpu"))
+    assert made.inline_bytes == -1
+    assert ask(made, request(1)).values() == [1]
+    close(made)
+
+
+def test_probing_is_not_counted() -> None:
+    instance = EchoInstance()
+    made = model(instance)
+    close(made)
+    assert len(instance.batches) > 0
+    assert made.statistics.execution_count == 0
+
+
+def test_an_optional_input_is_left_out_of_the_probe() -> None:
+    config = configuration()
+    config.input.add(name="Z", data_type=config.input[0].data_type, dims=[-1], optional=True)
+    seen: list[set[str]] = []
+
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        seen.append(set(batch[0].inputs))
+        return [InferResponse("m", "", "", [Tensor("Y", FP32, np.zeros(1, np.float32))]) for _ in batch]
+
+    made = model(ScriptedInstance(script, device="cpu"), config=config)
+    close(made)
+    assert seen[0] == {"X"}
+
+
+def test_draining_refuses_new_requests() -> None:
+    made = model()
+    before = made.draining
+    assert made.drain(LIMIT_S)
+    assert (before, made.draining) == (False, True)
+    with pytest.raises(ServingError, match="Server is stopping"):
+        ask(made, request())
+    made.close()
+
+
+def test_devices_are_named_once_each() -> None:
+    made = model(*(EchoInstance(device=device) for device in ("cuda:0", "cpu", "cuda:0")))
+    close(made)
+    assert made.devices == ("cuda:0", "cpu")
