@@ -1,0 +1,92 @@
+"""Figures as a table, for the terminal and for BENCHMARKS.md."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Record: TypeAlias = Mapping[str, Any]
+
+HEAD = ("load", "client", "CPU us", "x constant", "x session.run", "req/s", "p50 us", "p99 us", "client CPU")
+
+
+def table(record: Record, last: Record | None = None) -> str:
+    """A Markdown table, aligned for reading as it is; with `last`, the change of CPU time since then."""
+    before = {_key(row): row for row in last["rows"]} if last else {}
+    head: tuple[str, ...] = (*HEAD, f"since {last['date']}") if last else HEAD
+    rows = [head]
+    for row in record["rows"]:
+        cells = _cells(row, record)
+        if last:
+            known = before.get(_key(row))
+            cells = (*cells, f"{row['cpu_us'] / known['cpu_us'] - 1:+.0%}" if known else "new")
+        rows.append(cells)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ) + " |"
+        for row in rows
+    ]  # fmt: skip
+    rule = [("-" * width) if column < 2 else ("-" * (width - 1) + ":") for column, width in enumerate(widths)]
+    lines.insert(1, "| " + " | ".join(rule) + " |")
+    return "\n".join(lines)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["name"], row["client"]
+
+
+def _cells(row: Mapping[str, Any], record: Record) -> tuple[str, ...]:
+    share = row["client_cpu_share"]
+    return (
+        row["name"],
+        "-" if row["client"] == "none" else row["client"],
+        f"{row['cpu_us']:.1f}",
+        _ratio(row, record, "constant", row["concurrency"]),
+        _ratio(row, record, "none", 1),
+        f"{row['requests_per_s']:.0f}",
+        f"{row['p50_us']:.0f}",
+        f"{row['p99_us']:.0f}",
+        "-" if share is None else f"{share:.0%}",
+    )
+
+
+def _ratio(row: Mapping[str, Any], record: Record, server: str, concurrency: int) -> str:
+    """CPU time over that of the reference with the same model, client and number of requests at a time."""
+    wanted = (server, row["model"], concurrency)
+    for reference in record["rows"]:
+        found = (reference["server"], reference["model"], reference["concurrency"])
+        if found == wanted and reference["client"] in (row["client"], "none"):
+            return f"{row['cpu_us'] / reference['cpu_us']:.2f}"
+    return "-"
+
+
+def last_record(directory: Path, kind: str) -> Record | None:
+    """The newest record of a kind; None if there is none."""
+    newest = max(directory.glob(f"{kind}-*.json"), default=None)
+    if newest is None:
+        return None
+    record: Record = json.loads(newest.read_text())
+    return record
+
+
+def write(document: Path, record: Record) -> None:
+    """Put the record's table between the markers of its kind, or at the end of a document that has none of them."""
+    begin, end = f"<!-- begin {record['kind']} -->", f"<!-- end {record['kind']} -->"
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    section = (
+        f"{begin}\n## {record['kind'].upper()}, {record['date']}\n\n"
+        f"{machine['system']}, {machine['cores']} cores, Python {machine['python']}, {versions}. "
+        f"Medians of {record['rounds']} rounds. Load average before: {machine['load_before']}.\n\n"
+        f"{table(record)}\n{end}"
+    )
+    text = document.read_text()
+    if begin in text and end in text:
+        head, _, rest = text.partition(begin)
+        text = head + section + rest.partition(end)[2]
+    else:
+        text = f"{text.rstrip()}\n\n{section}\n"
+    document.write_text(text)

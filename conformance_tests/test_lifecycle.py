@@ -1,0 +1,71 @@
+"""A server's start and end, seen from outside: ports, announcement, exit status."""
+
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from conformance_tests.clause_table import clause
+from conformance_tests.grpc_wire import GrpcClient, pb
+from conformance_tests.http_wire import HttpClient, encode
+from conformance_tests.models.fixtures import make_broken_fixtures, make_fixtures
+from conformance_tests.server import PENSTOCK, SAMPLES, START_LIMIT_S, StartServer
+
+
+@clause("lifecycle.announce", "lifecycle.ports")
+def test_the_ports_announced_answer_at_once(process: StartServer) -> None:
+    running = process([SAMPLES])
+    assert HttpClient(running.http).get("/v2/health/ready").status == 200
+    assert HttpClient(running.metrics).get("/metrics").status == 200
+    client = GrpcClient(running.grpc)
+    assert client.call("ServerReady", pb.ServerReadyRequest()).ready
+    client.close()
+    ports = {urlsplit(running.http).port, urlsplit(running.metrics).port, int(running.grpc.rpartition(":")[2])}
+    assert len(ports) == 3
+
+
+@clause("lifecycle.terminate")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_in_good_order(process: StartServer, number: signal.Signals) -> None:
+    running = process([SAMPLES])
+    running.process.send_signal(number)
+    assert running.process.wait(START_LIMIT_S) == 0, running.log.read_text()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((urlsplit(running.http).hostname or "", urlsplit(running.http).port or 0)).close()
+
+
+@clause("lifecycle.drain")
+def test_what_was_accepted_is_answered_before_the_end(process: StartServer, tmp_path: Path) -> None:
+    make_fixtures(tmp_path / "models")
+    running = process([tmp_path / "models"])
+    http = HttpClient(running.http)
+    body = encode(
+        {
+            "inputs": [
+                {"name": "INPUT0", "datatype": "FP32", "shape": [1, 1], "data": [7]},
+                {"name": "STEPS", "datatype": "INT64", "shape": [1], "data": [500]},
+            ]
+        }
+    )
+    with http.connect() as connection:
+        fields = {"Content-Length": str(len(body))}
+        connection.send(connection.head("POST", "/v2/models/slow_loop/infer", fields) + body)
+        # A later request on a later connection has been answered: by then the earlier one has been read.
+        assert http.get("/v2/models/slow_loop/ready").status == 200
+        running.process.send_signal(signal.SIGTERM)
+        answer = connection.receive()
+        assert (answer.status, answer.json()["outputs"][0]["data"]) == (200, [7])
+        assert running.process.wait(START_LIMIT_S) == 0, running.log.read_text()
+
+
+@clause("lifecycle.exit_on_error")
+def test_a_model_that_does_not_load_stops_the_start(process: StartServer, tmp_path: Path) -> None:
+    make_broken_fixtures(tmp_path / "models")
+    command = [str(PENSTOCK), "serve", "--model-repository", str(tmp_path / "models"), "--http-port", "0",
+               "--grpc-port", "0", "--metrics-port", "0"]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, timeout=START_LIMIT_S, text=True)
+    assert ended.returncode not in (0, -signal.SIGKILL)
+    assert "broken" in ended.stderr
