@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # penstock[gpu] where an NVIDIA driver answers, penstock[cpu] elsewhere.
 EXTRA  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# Without its pins: they would hold ml_dtypes at versions of 25 MB, which the serving environment shall not carry.
+TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
@@ -23,6 +25,7 @@ $(VENV)/.serving: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.checking: $(VENV)/.serving
 	$(PIP) --editable '.[$(EXTRA),check]'
+	$(PIP) --no-deps '$(TRITONCLIENT)'
 	@touch $@
 
 setup: $(VENV)/.serving ## the environment with what serving needs, and nothing else

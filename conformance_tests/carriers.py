@@ -1,7 +1,8 @@
 """One inference, four ways to carry it: JSON and binary over HTTP, raw and typed contents over gRPC.
 
-A test states what it asks and what must come back; a carrier says both in its protocol. Each checks on the way what
-holds for every answer of its form.
+A test states what it asks and what must come back; a carrier says both in its protocol. Each reads every answer that
+the Open Inference Protocol allows and checks on the way what that says of all of them. What Triton asks beyond it, such
+as answers that are always raw, has tests of its own. Binary over HTTP is Triton's: `clause_table.BEYOND_OIP`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from conformance_tests.grpc_wire import GrpcClient, details, pb, status
 from conformance_tests.http_wire import Answer, HttpClient, encode
-from conformance_tests.tensors import DATATYPES, Array, from_json, pack, to_json, unpack
+from conformance_tests.tensors import DATATYPES, Array, from_json, pack, texts, to_json, unpack
 
 # By gRPC's names. 400 stands for several of them over HTTP.
 HTTP_STATUS = {
@@ -32,6 +33,7 @@ HTTP_STATUS = {
     "DEADLINE_EXCEEDED": 504,
 }
 GRPC_STATUS = {number: name for name, number in reversed(HTTP_STATUS.items())}
+JSON = "application/json"
 Value = bool | int | float | str
 
 
@@ -93,7 +95,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """How a call failed: the name of gRPC's status, over HTTP by its number, and the text."""
+    """How a call failed: the name of gRPC's status, and the text.
+
+    Over HTTP the name follows from the number; one that stands for none, such as 422, remains a number.
+    """
 
     status: str
     text: str
@@ -102,9 +107,13 @@ class Refusal:
 class Carrier(Protocol):
     """One way to carry an inference."""
 
-    def carries(self, datatype: str) -> bool: ...
-
     def send(self, call: Call) -> Reply | Refusal: ...
+
+
+def refused(answer: Answer) -> Refusal:
+    """An answer over HTTP that is an error, in the form that the Open Inference Protocol gives every error."""
+    assert answer.status >= 400, answer
+    return Refusal(GRPC_STATUS.get(answer.status, str(answer.status)), answer.error)
 
 
 def infer(carrier: Carrier, call: Call) -> Reply:
@@ -127,15 +136,12 @@ class HttpJson:
     def __init__(self, client: HttpClient) -> None:
         self._client = client
 
-    def carries(self, datatype: str) -> bool:
-        return True
-
     def send(self, call: Call) -> Reply | Refusal:
         document = _document(call, [{"data": to_json(tensor.datatype, tensor.array)} for tensor in call.inputs])
         answer = self._client.post(infer_path(call.model, call.version), document)
         if answer.status != 200:
-            return Refusal(GRPC_STATUS[answer.status], answer.error)
-        assert answer.headers["content-type"] == "application/json"
+            return refused(answer)
+        assert answer.headers["content-type"].partition(";")[0] == JSON
         assert "inference-header-content-length" not in answer.headers
         return read_reply(answer)
 
@@ -146,9 +152,6 @@ class HttpBinary:
     def __init__(self, client: HttpClient) -> None:
         self._client = client
 
-    def carries(self, datatype: str) -> bool:
-        return True
-
     def send(self, call: Call) -> Reply | Refusal:
         blobs = [pack(tensor.datatype, tensor.array) for tensor in call.inputs]
         document = _document(call, [{"parameters": {"binary_data_size": len(blob)}} for blob in blobs])
@@ -158,7 +161,7 @@ class HttpBinary:
             document.setdefault("parameters", {})["binary_data_output"] = True
         answer = self._client.request("POST", infer_path(call.model, call.version), *with_binary(document, *blobs))
         if answer.status != 200:
-            return Refusal(GRPC_STATUS[answer.status], answer.error)
+            return refused(answer)
         return read_reply(answer)
 
 
@@ -167,9 +170,6 @@ class GrpcRaw:
 
     def __init__(self, client: GrpcClient) -> None:
         self._client = client
-
-    def carries(self, datatype: str) -> bool:
-        return True
 
     def send(self, call: Call) -> Reply | Refusal:
         message = infer_message(call)
@@ -182,9 +182,6 @@ class GrpcTyped:
 
     def __init__(self, client: GrpcClient) -> None:
         self._client = client
-
-    def carries(self, datatype: str) -> bool:
-        return bool(DATATYPES[datatype].typed)
 
     def send(self, call: Call) -> Reply | Refusal:
         message = infer_message(call)
@@ -233,7 +230,7 @@ def read_reply(answer: Answer) -> Reply:
             array, rest = unpack(datatype, rest[:length], shape), rest[length:]
         outputs.append(Tensor(output["name"], datatype, array))
     assert rest == b"", f"{len(rest)} bytes belong to no output"
-    return Reply(head["model_name"], head["model_version"], head.get("id", ""), outputs)
+    return Reply(head["model_name"], head.get("model_version", ""), head.get("id", ""), outputs)
 
 
 def _document(call: Call, data: Sequence[Mapping[str, object]]) -> dict[str, Any]:
@@ -260,13 +257,29 @@ def _over_grpc(client: GrpcClient, message: Any) -> Reply | Refusal:
         answer = client.call("ModelInfer", message)
     except grpc.RpcError as error:
         return Refusal(status(error), details(error))
-    assert len(answer.raw_output_contents) == len(answer.outputs), "one raw entry per output"
-    assert not any(output.HasField("contents") for output in answer.outputs), "answers are raw"
-    outputs = [
-        Tensor(output.name, output.datatype, unpack(output.datatype, raw, list(output.shape)))
-        for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
-    ]
-    return Reply(answer.model_name, answer.model_version, answer.id, outputs)
+    return Reply(answer.model_name, answer.model_version, answer.id, read_outputs(answer))
+
+
+def read_outputs(answer: Any) -> list[Tensor]:
+    """The outputs of a ModelInferResponse, which are raw all of them or typed all of them."""
+    if answer.raw_output_contents:
+        assert len(answer.raw_output_contents) == len(answer.outputs), "one raw entry per output"
+        assert not any(output.HasField("contents") for output in answer.outputs), "raw and typed contents in one answer"
+        return [
+            Tensor(output.name, output.datatype, unpack(output.datatype, raw, list(output.shape)))
+            for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
+        ]
+    return [Tensor(output.name, output.datatype, _typed(output)) for output in answer.outputs]
+
+
+def _typed(output: Any) -> Array:
+    filled = {entry.name for entry, _ in output.contents.ListFields()}
+    typed = DATATYPES[output.datatype].typed
+    assert filled <= {typed}, f"{output.datatype} in {filled}"
+    elements = getattr(output.contents, typed) if filled else []
+    if output.datatype == "BYTES":
+        return texts(elements, list(output.shape))
+    return np.array(elements, DATATYPES[output.datatype].dtype).reshape(list(output.shape))
 
 
 def _set_parameter(parameter: Any, value: Value) -> None:

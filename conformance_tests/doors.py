@@ -6,7 +6,7 @@ from urllib.parse import quote
 import grpc
 from google.protobuf import message
 
-from conformance_tests.carriers import GRPC_STATUS, Refusal
+from conformance_tests.carriers import JSON, Refusal, refused
 from conformance_tests.grpc_wire import GrpcClient, details, pb, status
 from conformance_tests.http_wire import HttpClient
 
@@ -51,7 +51,7 @@ class HttpDoor:
 
     def model_ready(self, model: str, version: str = "") -> bool | Refusal:
         answer = self._client.get(f"{model_path(model, version)}/ready")
-        return True if answer.status == 200 else Refusal(GRPC_STATUS[answer.status], answer.error)
+        return True if answer.status == 200 else refused(answer)
 
     def server(self) -> Document:
         return known(self._document("/v2"))
@@ -73,8 +73,8 @@ class HttpDoor:
     def _document(self, path: str) -> Document | Refusal:
         answer = self._client.get(path)
         if answer.status != 200:
-            return Refusal(GRPC_STATUS[answer.status], answer.error)
-        assert answer.headers["content-type"] == "application/json"
+            return refused(answer)
+        assert answer.headers["content-type"].partition(";")[0] == JSON
         document: Document = answer.json()
         return document
 

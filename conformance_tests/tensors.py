@@ -88,8 +88,11 @@ def _json_float(value: float) -> float | str:
 
 
 def from_json(datatype: str, data: Sequence[Any], shape: Sequence[int]) -> Array:
-    """The inverse of `to_json`; a nested list is refused, for answers are flat."""
-    assert not any(isinstance(element, list) for element in data), "data in an answer is one flat list"
+    """The inverse of `to_json`, of a list that is flat or nested like the shape."""
+    if any(isinstance(element, list) for element in data):
+        assert _nesting(data) == [*shape], f"data is nested like {_nesting(data)}, and its shape is {shape}"
+        for _ in shape[1:]:
+            data = [element for row in data for element in row]
     if datatype == "BYTES":
         return texts(data, shape)
     dtype = DATATYPES[datatype].dtype
@@ -100,6 +103,11 @@ def from_json(datatype: str, data: Sequence[Any], shape: Sequence[int]) -> Array
     else:
         data = [float(element) for element in data]
     return np.array(data, dtype).reshape(shape)
+
+
+def _nesting(data: Any) -> list[int]:
+    """The shape that lists within lists have along their first elements."""
+    return [len(data), *(_nesting(data[0]) if data else [])] if isinstance(data, list) else []
 
 
 def same(datatype: str, got: Array, want: Array) -> bool:

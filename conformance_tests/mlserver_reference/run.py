@@ -1,72 +1,188 @@
-"""Holds another server, MLServer, to the conformance tests: which clauses does it prove, which does it fail?
+"""Holds another server, MLServer, to the conformance tests, and so the tests to another server.
 
-`python -m conformance_tests.mlserver_reference.run OUT` makes MLServer's environment, serves `models/` on free ports of
-this machine, runs the tests against it and writes the table of clauses to OUT. The table tells about the tests as well:
-a clause of the Open Inference Protocol that MLServer fails is one to read again.
+`python -m conformance_tests.mlserver_reference.run [OUT]` makes MLServer's environment, serves the models that it can
+on free ports of this machine, runs the tests against it and writes RESULT.md, or OUT. A clause of the Open Inference
+Protocol that fails there must be explained by a line of `differences.toml`: one that is not, or one that no longer
+fails, is an error, for then either the clause or the explanation is wrong.
 """
 
 import argparse
 import contextlib
 import http.client
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from conformance_tests.clause_table import NAMES, SOURCES, Clause, Verdict, load
 from conformance_tests.clients.environments import ROOT, python_for
 
 HERE = Path(__file__).parent
+ENVIRONMENT = HERE.parent / "clients" / "mlserver"
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 20.0
 POLL_S = 0.2
 LOCAL = "127.0.0.1"
+DATATYPES = ("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64",
+             "BYTES")  # fmt: skip
+
+Verdicts = Mapping[str, Mapping[str, str]]  # clause, protocol
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m conformance_tests.mlserver_reference.run", description=__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="where the table goes, as Markdown")
+    parser.add_argument("out", type=Path, nargs="?", default=HERE / "RESULT.md", metavar="OUT", help="the page to write")
     out = parser.parse_args().out.resolve()
-    with mlserver() as (url, grpc):
+    with tempfile.TemporaryDirectory() as scratch, mlserver(Path(scratch)) as (url, grpc):
+        table = Path(scratch) / "clauses.json"
         tests = [sys.executable, "-m", "pytest", "conformance_tests", "--url", url, "--grpc", grpc]
         # MLServer fails clauses of Triton's and of Penstock's: pytest's 1 says so, and this run has not failed.
-        status = subprocess.run([*tests, "--tb", "no", "--quiet", "--clauses-out", out], cwd=ROOT).returncode
-    return 0 if status == 1 else status
+        status = subprocess.run([*tests, "--tb", "no", "--quiet", "--clauses-out", table], cwd=ROOT).returncode
+        if status not in (0, 1):
+            return status
+        verdicts: Verdicts = json.loads(table.read_text(encoding="utf-8"))
+    differences: dict[str, str] = tomllib.loads((HERE / "differences.toml").read_text(encoding="utf-8"))
+    out.write_text(page(load(), verdicts, differences), encoding="utf-8")
+    print(f"\nthe result is in {out}")
+    unexplained = failing(load(), verdicts) ^ differences.keys()
+    if unexplained:
+        print(f"differences.toml does not explain, or no longer needs to: {', '.join(sorted(unexplained))}")
+    return 1 if unexplained else 0
+
+
+def failing(clauses: Mapping[str, Clause], verdicts: Verdicts) -> set[str]:
+    """The clauses of OIP that fail over some protocol."""
+    return {
+        clause.id for clause in clauses.values() if clause.source == "OIP" and _overall(verdicts[clause.id]) == "failed"
+    }
+
+
+def page(clauses: Mapping[str, Clause], verdicts: Verdicts, differences: Mapping[str, str]) -> str:
+    """RESULT.md: counts per source, the clauses of OIP that pass, those that fail and why, those not tested."""
+    own = [clause for clause in clauses.values() if clause.source == "OIP"]
+    groups: dict[str, list[Clause]] = {word: [] for word in ("proved", "failed", "untested")}
+    for clause in own:
+        groups[_overall(verdicts[clause.id])].append(clause)
+    lines = [
+        f"# MLServer {_version()} under the conformance tests",
+        "",
+        "MLServer is another server of the Open Inference Protocol. It need not do what is Triton's or Penstock's; what is",
+        "the protocol's own it should do, and where it does not, either it differs or we have read the protocol wrongly.",
+        "`make conformance-mlserver` runs the tests against it and writes this page.",
+        "",
+        "| Clauses of | proved | failed | not tested |",
+        "|---|---|---|---|",
+    ]
+    for source in SOURCES:
+        counts = Counter(_overall(verdicts[each.id]) for each in clauses.values() if each.source == source)
+        lines.append(f"| {source} | {counts['proved']} | {counts['failed']} | {counts['untested']} |")
+    lines += ["", "## Clauses of the protocol that fail", "", "| Clause | It says | Over | MLServer |", "|---|---|---|---|"]
+    for clause in groups["failed"]:
+        over = ", ".join(NAMES[protocol] for protocol, said in verdicts[clause.id].items() if said == "failed")
+        lines.append(f"| `{clause.id}` | {clause.text} | {over} | {differences.get(clause.id, '**not explained**')} |")
+    lines += ["", "## Clauses of the protocol that pass", "", "| Clause | It says | Over |", "|---|---|---|"]
+    for clause in groups["proved"]:
+        lines.append(f"| `{clause.id}` | {clause.text} | {', '.join(NAMES[each] for each in clause.protocols)} |")
+    if groups["untested"]:
+        lines += ["", "## Not tested, for want of the model", ""]
+        lines += [f"- `{clause.id}`: {clause.text}" for clause in groups["untested"]]
+    return "\n".join(lines) + "\n"
+
+
+def _overall(said: Mapping[str, str]) -> str:
+    """`failed` over any protocol; `proved` over each; else `untested`."""
+    if Verdict.FAILED.value in said.values():
+        return "failed"
+    return "proved" if {*said.values()} == {Verdict.PROVED.value} else "untested"
+
+
+def _version() -> str:
+    found = re.search(r"^mlserver==(\S+)$", (ENVIRONMENT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    assert found is not None, "requirements.txt pins MLServer"
+    return found[1]
+
+
+def models() -> Iterator[dict[str, Any]]:
+    """The settings of each model: those of the conformance tests that need no more than MLServer and NumPy."""
+    for name, datatype, implementation in (("simple", "INT32", "Simple"), ("simple_string", "BYTES", "SimpleString")):
+        inputs = [_tensor(f"INPUT{i}", datatype, -1, 16) for i in (0, 1)]
+        outputs = [_tensor(f"OUTPUT{i}", datatype, -1, 16) for i in (0, 1)]
+        yield _settings(name, implementation, inputs, outputs)
+    for datatype in DATATYPES:
+        yield _identity(f"identity_{datatype.lower()}", [(datatype, (-1, -1))])
+    yield _identity("identity_rank4_fp32", [("FP32", (-1, -1, -1, -1))])
+    yield _identity("two_inputs_mixed", [("FP32", (-1,)), ("BYTES", (-1,))])
+    for version in ("1", "2"):
+        x, y = _tensor("x", "FP32", -1), _tensor("y", "FP32", -1)
+        yield _settings("times_version", "TimesVersion", [x], [y], version)
+
+
+def _identity(name: str, tensors: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    inputs = [_tensor(f"INPUT{i}", datatype, *shape) for i, (datatype, shape) in enumerate(tensors)]
+    outputs = [_tensor(f"OUTPUT{i}", datatype, *shape) for i, (datatype, shape) in enumerate(tensors)]
+    return _settings(name, "Identity", inputs, outputs)
+
+
+def _tensor(name: str, datatype: str, *shape: int) -> dict[str, Any]:
+    return {"name": name, "datatype": datatype, "shape": list(shape)}
+
+
+def _settings(
+    name: str, implementation: str, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], version: str = "1"
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "implementation": f"mlserver_models.{implementation}",
+        "platform": "python",
+        "versions": ["1", "2"] if name == "times_version" else ["1"],
+        "inputs": inputs,
+        "outputs": outputs,
+        "parameters": {"version": version},
+    }
 
 
 @contextlib.contextmanager
-def mlserver() -> Iterator[tuple[str, str]]:
-    """MLServer on `models/`, from the moment it is ready: its addresses for HTTP and gRPC."""
-    python = python_for(HERE.parent / "clients" / "mlserver")
+def mlserver(scratch: Path) -> Iterator[tuple[str, str]]:
+    """MLServer on `models()`, from the moment it is ready: its addresses for HTTP and gRPC."""
+    python = python_for(ENVIRONMENT)
+    for settings in models():
+        directory = scratch / "models" / f"{settings['name']}-{settings['parameters']['version']}"
+        directory.mkdir(parents=True)
+        (directory / "model-settings.json").write_text(json.dumps(settings), encoding="utf-8")
     http_port, grpc_port, metrics_port = free_ports(3)
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = {
-            "MLSERVER_HOST": LOCAL,
-            "MLSERVER_HTTP_PORT": str(http_port),
-            "MLSERVER_GRPC_PORT": str(grpc_port),
-            "MLSERVER_METRICS_PORT": str(metrics_port),
-            "MLSERVER_METRICS_DIR": scratch,
-            "MLSERVER_PARALLEL_WORKERS": "0",
-            "PYTHONPATH": str(HERE),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        log = Path(scratch) / "mlserver.log"
-        command = [str(python.with_name("mlserver")), "start", str(HERE / "models")]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=os.environ | settings, stdout=output, stderr=output, cwd=scratch)
+    environment = {
+        "MLSERVER_HOST": LOCAL,
+        "MLSERVER_HTTP_PORT": str(http_port),
+        "MLSERVER_GRPC_PORT": str(grpc_port),
+        "MLSERVER_METRICS_PORT": str(metrics_port),
+        "MLSERVER_METRICS_DIR": str(scratch),
+        "MLSERVER_PARALLEL_WORKERS": "0",
+        "PYTHONPATH": str(HERE),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    log = scratch / "mlserver.log"
+    command = [str(python.with_name("mlserver")), "start", str(scratch / "models")]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=output, stderr=output, cwd=scratch)
+    try:
+        await_ready(process, http_port, log)
+        yield f"http://{LOCAL}:{http_port}", f"{LOCAL}:{grpc_port}"
+    finally:
+        process.terminate()
         try:
-            await_ready(process, http_port, log)
-            yield f"http://{LOCAL}:{http_port}", f"{LOCAL}:{grpc_port}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,4 +1,8 @@
-"""Refusals that mean the same whichever way the inference is carried."""
+"""Refusals that mean the same whichever way the inference is carried.
+
+What the Open Inference Protocol says is that such a call fails; with which status and words is Triton's. Each case
+is tried for both.
+"""
 
 import re
 from dataclasses import dataclass
@@ -32,42 +36,50 @@ def call(*inputs: Input, model: str = "simple", outputs: tuple[str, ...] = (), c
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A call and the refusal that it must get; `text` is exact, or a pattern where the protocol leaves a choice."""
+    """A call and the refusal that it must get; `text` is exact, or a pattern where the protocol leaves a choice.
+
+    `clause` is about status and text, `refused` about the refusal as such where OIP asks for it.
+    """
 
     name: str
     clause: str
     call: Call
     text: str | re.Pattern[str]
     status: str = "INVALID_ARGUMENT"
+    refused: str = ""
 
 
 CASES = (
     Case(
         "unknown model",
-        "errors.unknown_model",
+        "error_texts.unknown_model",
         call(INPUT0, INPUT1, model="nope"),
         "Request for unknown model: 'nope' is not found",
         "NOT_FOUND",
+        refused="errors.unknown_model",
     ),
     Case(
         "unknown version",
-        "errors.unknown_version",
+        "error_texts.unknown_version",
         simple(version="9"),
         "Request for unknown model: 'simple' version 9 is not found",
         "NOT_FOUND",
+        refused="errors.unknown_version",
     ),
     Case(
         "version 0",
-        "errors.unknown_version",
+        "error_texts.unknown_version",
         simple(version="0"),
         "Request for unknown model: 'simple' version 0 is not found",
         "NOT_FOUND",
+        refused="errors.unknown_version",
     ),
     Case(
         "unknown output",
-        "errors.unknown_output",
+        "error_texts.unknown_output",
         call(INPUT0, INPUT1, outputs=("NOPE",)),
         "unexpected inference output 'NOPE' for model 'simple'",
+        refused="errors.unknown_output",
     ),
     Case(
         "input left out",
@@ -204,7 +216,6 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=clause(case.clause)) for case in CASES])
-@clause("errors.survives")
 def test_a_refusal_says_what_was_expected(carrier: Carrier, target: Target, case: Case) -> None:
     if case.call.model != "nope":
         target.require(case.call.model)
@@ -214,16 +225,48 @@ def test_a_refusal_says_what_was_expected(carrier: Carrier, target: Target, case
         assert refused.text == case.text
     else:
         assert case.text.fullmatch(refused.text), refused.text
-    target.require("simple")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=clause(case.refused)) for case in CASES if case.refused]
+)
+@pytest.mark.needs("simple")
+def test_what_does_not_exist_is_refused(carrier: Carrier, case: Case) -> None:
+    refusal(carrier, case.call)
+
+
+@clause("errors.missing_input")
+@pytest.mark.parametrize("given", [(), (INPUT0,)], ids=["none", "one of two"])
+@pytest.mark.needs("simple")
+def test_a_required_input_cannot_be_left_out(carrier: Carrier, given: tuple[Input, ...]) -> None:
+    refusal(carrier, call(*given))
+
+
+@clause("errors.survives")
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+@pytest.mark.needs("simple")
+def test_after_a_refusal_the_next_call_is_answered(carrier: Carrier, target: Target, case: Case) -> None:
+    if case.call.model != "nope":
+        target.require(case.call.model)
+    refusal(carrier, case.call)
     assert infer(carrier, simple())["OUTPUT0"].tolist() == [list(range(1, 17))]
+
+
+FIVE_FOR_SIX = Call("identity_fp32", [Input("INPUT0", "FP32", np.zeros(5, np.float32), (2, 3))])
 
 
 @clause("errors.byte_size")
 @pytest.mark.needs("identity_fp32")
-def test_the_data_must_have_the_size_of_the_shape(carrier: Carrier) -> None:
-    five = Input("INPUT0", "FP32", np.zeros(5, np.float32), (2, 3))
+@pytest.mark.parametrize("carrier", ["grpc-raw", "grpc-typed"], indirect=True)
+def test_data_that_the_shape_does_not_have_are_refused(carrier: Carrier) -> None:
+    refusal(carrier, FIVE_FOR_SIX)
+
+
+@clause("error_texts.byte_size")
+@pytest.mark.needs("identity_fp32")
+def test_a_refusal_tells_both_sizes(carrier: Carrier) -> None:
     if isinstance(carrier, HttpJson):
         text = "Failed to parse 'data' field: shape does not match true shape"
     else:
         text = f"{UNKNOWN_ID}input byte size mismatch for input 'INPUT0' for model 'identity_fp32'. Expected 24, got 20"
-    assert refusal(carrier, Call("identity_fp32", [five])) == Refusal("INVALID_ARGUMENT", text)
+    assert refusal(carrier, FIVE_FOR_SIX) == Refusal("INVALID_ARGUMENT", text)

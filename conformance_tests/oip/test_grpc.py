@@ -9,7 +9,7 @@ import grpc as grpcio
 import numpy as np
 import pytest
 
-from conformance_tests.carriers import Call, Input, Output, infer_message, simple
+from conformance_tests.carriers import Call, Input, Output, infer_message, read_outputs, simple
 from conformance_tests.clause_table import clause
 from conformance_tests.doors import GrpcDoor, known
 from conformance_tests.grpc_wire import LIMIT_S, GrpcClient, fields, pb, status
@@ -26,11 +26,37 @@ def raw(call: Call) -> Any:
     return message
 
 
+def typed(call: Call) -> Any:
+    """A message of INT32 inputs."""
+    message = infer_message(call)
+    for entry, tensor in zip(message.inputs, call.inputs, strict=True):
+        entry.contents.int_contents.extend(tensor.array.ravel().tolist())
+    return message
+
+
 def identity(array: "np.ndarray[Any, np.dtype[np.float32]]") -> Call:
     return Call("identity_fp32", [Input("INPUT0", "FP32", array)])
 
 
-@clause("grpc.raw", "grpc.answers_raw")
+def numbers(answer: Any) -> dict[str, list[list[int]]]:
+    return {output.name: output.array.tolist() for output in read_outputs(answer)}
+
+
+@clause("grpc.raw", "grpc.answer_form")
+@needs("simple")
+def test_raw_entries_are_the_inputs_in_order(grpc: GrpcClient) -> None:
+    answer = grpc.call("ModelInfer", raw(simple()))
+    assert numbers(answer) == {"OUTPUT0": [[*range(1, 17)]], "OUTPUT1": [[*range(-1, 15)]]}
+
+
+@clause("grpc.typed", "grpc.answer_form")
+@needs("simple")
+def test_typed_contents_are_the_inputs(grpc: GrpcClient) -> None:
+    answer = grpc.call("ModelInfer", typed(simple()))
+    assert numbers(answer) == {"OUTPUT0": [[*range(1, 17)]], "OUTPUT1": [[*range(-1, 15)]]}
+
+
+@clause("grpc.answers_raw")
 @needs("simple")
 def test_an_answer_is_what_the_protocol_shows(grpc: GrpcClient) -> None:
     answer = grpc.call("ModelInfer", raw(simple("g1")))
@@ -42,13 +68,10 @@ def test_an_answer_is_what_the_protocol_shows(grpc: GrpcClient) -> None:
     assert answer == expected
 
 
-@clause("grpc.typed")
+@clause("grpc.answers_raw")
 @needs("simple")
 def test_typed_contents_are_answered_raw(grpc: GrpcClient) -> None:
-    message = infer_message(simple(outputs=[Output("OUTPUT1")]))
-    message.inputs[0].contents.int_contents.extend(range(16))
-    message.inputs[1].contents.int_contents.extend([1] * 16)
-    answer = grpc.call("ModelInfer", message)
+    answer = grpc.call("ModelInfer", typed(simple(outputs=[Output("OUTPUT1")])))
     assert [output.name for output in answer.outputs] == ["OUTPUT1"]
     assert [*answer.raw_output_contents] == [np.arange(-1, 15, dtype=np.int32).tobytes()]
 
@@ -194,7 +217,7 @@ def test_bytes_that_are_no_message_fail_their_call_alone(grpc: GrpcClient, data:
     ask: Any = grpc.channel.unary_unary(INFER)
     with pytest.raises(grpcio.RpcError) as caught:
         ask(data, timeout=LIMIT_S)
-    assert status(caught.value) in ("INVALID_ARGUMENT", "INTERNAL")
+    assert status(caught.value) != "OK"
     assert len(grpc.call("ModelInfer", raw(simple())).outputs) == 2
 
 

@@ -167,13 +167,13 @@ CASES = (
     ),
     Case(
         "one raw entry short of bytes",
-        "errors.byte_size",
+        "error_texts.byte_size",
         lambda m: m.raw_input_contents.__setitem__(1, bytes(60)),
         f"{UNKNOWN_ID}input byte size mismatch for input 'INPUT1' for model 'simple'. Expected 64, got 60",
     ),
     Case(
         "too few typed elements",
-        "errors.byte_size",
+        "error_texts.byte_size",
         lambda m: m.inputs[1].contents.int_contents.pop(),
         f"{UNKNOWN_ID}input byte size mismatch for input 'INPUT1' for model 'simple'. Expected 64, got 60",
         base=typed,

@@ -33,6 +33,20 @@ def test_a_model_is_ready_by_name_and_by_version(door: Door, version: str) -> No
     assert door.model_ready("simple", version) is True
 
 
+@clause("health.objects")
+@pytest.mark.needs("simple")
+@pytest.mark.parametrize(
+    ("path", "members"),
+    [
+        ("/v2/health/live", {"live": True}),
+        ("/v2/models/simple/ready", {"name": "simple", "ready": True}),
+        ("/v2/models/simple/versions/1/ready", {"name": "simple", "ready": True}),
+    ],
+)
+def test_health_is_told_as_an_object(http: HttpClient, path: str, members: dict[str, object]) -> None:
+    assert http.get(path).json().items() >= members.items()
+
+
 @clause("health.bodies")
 @pytest.mark.needs("simple")
 @pytest.mark.parametrize(
@@ -44,18 +58,29 @@ def test_a_model_is_ready_by_name_and_by_version(door: Door, version: str) -> No
         ("/v2/models/simple/versions/1/ready", {"name": "simple", "ready": True}),
     ],
 )
-def test_health_is_said_in_json_too(http: HttpClient, path: str, body: object) -> None:
+def test_the_object_has_no_other_member(http: HttpClient, path: str, body: object) -> None:
     answer = http.get(path)
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert answer.json() == body
 
 
 @clause("errors.unknown_model")
+def test_an_unknown_model_is_not_ready(door: Door) -> None:
+    assert door.model_ready("nope") is not True
+
+
+@clause("errors.unknown_version")
+@pytest.mark.needs("simple")
+def test_an_unknown_version_is_not_ready(door: Door) -> None:
+    assert door.model_ready("simple", "9") is not True
+
+
+@clause("error_texts.unknown_model")
 def test_readiness_of_an_unknown_model_is_not_found(door: Door) -> None:
     assert door.model_ready("nope") == Refusal("NOT_FOUND", "Request for unknown model: 'nope' is not found")
 
 
-@clause("errors.unknown_version")
+@clause("error_texts.unknown_version")
 @pytest.mark.needs("simple")
 def test_readiness_of_an_unknown_version_is_not_found(door: Door) -> None:
     text = "Request for unknown model: 'simple' version 9 is not found"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conformance_tests.clause_table import clause
-from conformance_tests.http_wire import HttpClient, encode
+from conformance_tests.http_wire import Answer, Connection, HttpClient, encode
 from conformance_tests.server import Target
 
 Document = dict[str, Any]
@@ -350,7 +350,7 @@ CASES = (
     ),
     Case(
         "size disagrees with shape",
-        "errors.byte_size",
+        "error_texts.byte_size",
         lying(60) + bytes(60),
         f"{UNKNOWN_ID}input byte size mismatch for input 'INPUT0' for model 'simple'. Expected 64, got 60",
         headers=BINARY_LENGTH,
@@ -475,24 +475,87 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=clause(case.clause)) for case in CASES])
-@clause("errors.form", "errors.content_type", "errors.client_never_500", "errors.survives")
-def test_a_bad_request_is_refused_and_the_connection_serves_on(http: HttpClient, target: Target, case: Case) -> None:
-    target.require(case.model)
+def sent(connection: Connection, case: Case) -> Answer:
     body = case.encoded()
+    headers = {"Content-Length": str(len(body)), **case.headers}
+    connection.send(connection.head("POST", f"/v2/models/{case.model}/infer", headers) + body)
+    return connection.receive()
+
+
+EVERY_CASE = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=clause(case.clause)) for case in CASES])
+@clause("errors.object_alone")
+def test_a_bad_request_is_refused_in_these_words(http: HttpClient, target: Target, case: Case) -> None:
+    target.require(case.model)
     with http.connect() as connection:
-        headers = {"Content-Length": str(len(body)), **case.headers}
-        connection.send(connection.head("POST", f"/v2/models/{case.model}/infer", headers) + body)
-        answer = connection.receive()
-        if isinstance(case.text, str):
-            assert (answer.status, answer.error) == (case.status, case.text)
-        else:
-            assert answer.status == case.status
-            assert case.text.fullmatch(answer.error), answer.error
-        if answer.status == 501 and "Content-Encoding" in case.headers:
-            assert answer.headers["accept-encoding"] == "gzip, deflate"
+        answer = sent(connection, case)
+    assert answer.status in (case.status, 500)  # Triton's 500 for bad JSON is what errors.client_never_500 rules out
+    assert [*answer.json()] == ["error"]
+    if isinstance(case.text, str):
+        assert answer.error == case.text
+    else:
+        assert case.text.fullmatch(answer.error), answer.error
+    if answer.status == 501 and "Content-Encoding" in case.headers:
+        assert answer.headers["accept-encoding"] == "gzip, deflate"
+
+
+@EVERY_CASE
+@clause("errors.client_never_500", "errors.content_type")
+def test_a_bad_request_is_the_clients_mistake(http: HttpClient, target: Target, case: Case) -> None:
+    target.require(case.model)
+    with http.connect() as connection:
+        answer = sent(connection, case)
+    assert (answer.status, answer.headers["content-type"]) == (case.status, "application/json")
+
+
+@EVERY_CASE
+@clause("errors.survives")
+def test_after_a_bad_request_the_connection_serves_on(http: HttpClient, target: Target, case: Case) -> None:
+    target.require(case.model)
+    with http.connect() as connection:
+        assert sent(connection, case).status >= 400
         connection.send(connection.head("GET", "/v2/health/live", {}))
         assert connection.receive().status == 200
+
+
+# What the protocol makes an object with `error` everywhere, each by a request that any server must refuse.
+BAD: dict[str, tuple[str, str, bytes | None]] = {
+    "metadata of an unknown model": ("GET", "/v2/models/nope", None),
+    "inference of an unknown model": ("POST", "/v2/models/nope/infer", GOOD_BODY),
+    "no JSON": ("POST", "/v2/models/simple/infer", b"{"),
+    "no inputs": ("POST", "/v2/models/simple/infer", b"{}"),
+    "inputs that are none": ("POST", "/v2/models/simple/infer", b'{"inputs":5}'),
+    "an input that is none": ("POST", "/v2/models/simple/infer", b'{"inputs":[{"name":"INPUT0"}]}'),
+}
+
+
+@clause("errors.form")
+@pytest.mark.needs("simple")
+@pytest.mark.parametrize("name", [*BAD])
+def test_an_error_is_an_object_with_its_text(http: HttpClient, name: str) -> None:
+    answer = http.request(*BAD[name])
+    assert answer.status >= 400
+    assert answer.error
+
+
+ELSEWHERE = {
+    "no path": ("GET", "/nope"),
+    "no method": ("DELETE", "/v2"),
+    "no model": ("GET", "/v2/models/nope"),
+    "no configuration": ("GET", "/v2/models/nope/config"),
+    "no readiness": ("GET", "/v2/models/nope/ready"),
+    "no statistics": ("GET", "/v2/models/nope/stats"),
+}
+
+
+@clause("errors.content_type")
+@pytest.mark.parametrize("name", [*ELSEWHERE])
+def test_an_error_is_typed_as_json_everywhere(http: HttpClient, name: str) -> None:
+    answer = http.request(*ELSEWHERE[name])
+    assert answer.headers["content-type"] == "application/json"
+    assert [*answer.json()] == ["error"]
 
 
 # Datatype, two elements, and whether the second is refused.
@@ -546,7 +609,7 @@ def test_a_number_over_the_range_of_a_half_float_is_refused(
 LOOKUPS = ("", "/ready", "/config", "/infer", "/versions/1", "/versions/1/ready", "/versions/1/config")
 
 
-@clause("errors.unknown_model")
+@clause("error_texts.unknown_model")
 @pytest.mark.parametrize("path", LOOKUPS)
 def test_an_unknown_model_is_told_by_name(http: HttpClient, path: str) -> None:
     answer = http.post(f"/v2/models/nope{path}", GOOD) if path == "/infer" else http.get(f"/v2/models/nope{path}")

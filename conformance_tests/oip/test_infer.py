@@ -53,9 +53,15 @@ def test_outputs_not_asked_for_by_name_come_in_the_files_order(carrier: Carrier)
 
 @clause("infer.id")
 @needs("simple")
-@pytest.mark.parametrize("call_id", ["", "w1", 'Größe "1"\\ \n', "x" * 5000])
+@pytest.mark.parametrize("call_id", ["w1", 'Größe "1"\\ \n', "x" * 5000])
 def test_the_id_comes_back(carrier: Carrier, call_id: str) -> None:
     assert infer(carrier, simple(call_id)).id == call_id
+
+
+@clause("infer.no_id")
+@needs("simple")
+def test_no_id_is_made_up(carrier: Carrier) -> None:
+    assert infer(carrier, simple()).id == ""
 
 
 @clause("infer.version")
@@ -115,9 +121,15 @@ def test_inputs_of_different_datatypes_go_together(carrier: Carrier) -> None:
 @clause("infer.parameters")
 @needs("simple")
 def test_parameters_of_every_type_are_accepted(carrier: Carrier) -> None:
-    call = simple()
-    parameters: dict[str, Value] = {"flag": True, "count": -7, "share": 0.25, "name": "ü", "priority": 0, "timeout": 0}
-    reply = infer(carrier, Call(call.model, call.inputs, parameters=parameters))
+    parameters: dict[str, Value] = {"flag": True, "count": -7, "share": 0.25, "name": "ü"}
+    reply = infer(carrier, Call("simple", simple().inputs, parameters=parameters))
+    assert reply["OUTPUT0"].tolist() == [list(range(1, 17))]
+
+
+@clause("infer.scheduling_parameters")
+@needs("simple")
+def test_a_priority_and_a_timeout_of_0_change_nothing(carrier: Carrier) -> None:
+    reply = infer(carrier, Call("simple", simple().inputs, parameters={"priority": 0, "timeout": 0}))
     assert reply["OUTPUT0"].tolist() == [list(range(1, 17))]
 
 

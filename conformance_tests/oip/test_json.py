@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from conformance_tests.carriers import read_reply
 from conformance_tests.clause_table import clause
 from conformance_tests.http_wire import Answer, HttpClient, encode
 from conformance_tests.server import Target
@@ -49,7 +50,7 @@ def test_an_answer_is_compact_json_in_the_protocols_order(http: HttpClient) -> N
     assert answer.headers["content-type"] == "application/json"
 
 
-@clause("json.layout", "infer.id")
+@clause("json.layout", "infer.no_id")
 @needs("simple")
 @pytest.mark.parametrize("extra", [{}, {"id": ""}])
 def test_without_an_id_the_answer_has_none(http: HttpClient, extra: dict[str, str]) -> None:
@@ -63,31 +64,45 @@ def test_white_space_means_nothing(http: HttpClient) -> None:
     assert http.request("POST", "/v2/models/simple/infer", b" \n" + body).body == GOOD_ANSWER
 
 
-@clause("json.nested", "json.flat")
-@needs("simple")
-@pytest.mark.parametrize(
-    "data",
-    [
-        [*range(32)],
-        [[*range(16)], [*range(16, 32)]],
-        [[[i] for i in range(32)]],
-        [[*range(4)], [[*range(4, 30)]], 30, 31],
-    ],
-    ids=["flat", "like the shape", "deeper", "ragged"],
-)
-def test_data_may_be_nested_in_any_way(http: HttpClient, data: list[object]) -> None:
+FLAT = [*range(32)]
+LIKE_THE_SHAPE = [FLAT[:16], FLAT[16:]]
+
+
+def sum_with_zeros(http: HttpClient, data: list[Any]) -> Answer:
+    """The answer with OUTPUT0, which is `data` as [2,16]."""
     inputs = [
         {"name": "INPUT0", "shape": [2, 16], "datatype": "INT32", "data": data},
         {"name": "INPUT1", "shape": [2, 16], "datatype": "INT32", "data": [0] * 32},
     ]
     answer = http.post("/v2/models/simple/infer", {"inputs": inputs, "outputs": [{"name": "OUTPUT0"}]})
     assert answer.status == 200, answer.body
-    assert answer.json()["outputs"] == [
-        {"name": "OUTPUT0", "datatype": "INT32", "shape": [2, 16], "data": [*range(32)]}
-    ]
+    return answer
 
 
 @clause("json.nested")
+@needs("simple")
+@pytest.mark.parametrize("data", [FLAT, LIKE_THE_SHAPE], ids=["flat", "like the shape"])
+def test_data_may_be_flat_or_nested_like_the_shape(http: HttpClient, data: list[Any]) -> None:
+    assert read_reply(sum_with_zeros(http, data))["OUTPUT0"].tolist() == LIKE_THE_SHAPE
+
+
+@clause("json.any_nesting")
+@needs("simple")
+@pytest.mark.parametrize(
+    "data", [[[[i] for i in FLAT]], [[*range(4)], [[*range(4, 30)]], 30, 31]], ids=["deeper", "ragged"]
+)
+def test_data_may_be_nested_in_any_way(http: HttpClient, data: list[Any]) -> None:
+    assert read_reply(sum_with_zeros(http, data))["OUTPUT0"].tolist() == LIKE_THE_SHAPE
+
+
+@clause("json.flat")
+@needs("simple")
+@pytest.mark.parametrize("data", [FLAT, LIKE_THE_SHAPE], ids=["flat", "like the shape"])
+def test_data_come_back_flat(http: HttpClient, data: list[Any]) -> None:
+    assert sum_with_zeros(http, data).json()["outputs"][0]["data"] == FLAT
+
+
+@clause("json.any_nesting")
 @needs("identity_fp32", "identity_bytes")
 @pytest.mark.parametrize(("datatype", "leaf"), [("FP32", "1.5"), ("BYTES", '"x"')])
 def test_a_hundred_levels_are_deep_enough(http: HttpClient, target: Target, datatype: str, leaf: str) -> None:
@@ -107,7 +122,7 @@ def test_unknown_members_are_ignored(http: HttpClient) -> None:
     assert http.post("/v2/models/simple/infer", document).body == GOOD_ANSWER
 
 
-@clause("infer.all_outputs")
+@clause("json.empty_outputs")
 @needs("simple")
 def test_an_empty_list_of_outputs_means_all(http: HttpClient) -> None:
     assert http.post("/v2/models/simple/infer", GOOD | {"outputs": []}).body == GOOD_ANSWER

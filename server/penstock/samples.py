@@ -17,6 +17,11 @@ def elements(signature: Signature) -> int:
     return sum(count(_shape(spec)) for spec in _inputs(signature))
 
 
+def difficulty(signature: Signature) -> tuple[bool, int]:
+    """Orders models by how easily the sample request reads: numbers before text, few elements before many."""
+    return any(spec.datatype is BYTES for spec in _inputs(signature)), elements(signature)
+
+
 def curl(signature: Signature, url: str) -> str:
     """A request in JSON to the server at `url`."""
     target = f"{url}/v2/models/{quote(signature.model, safe='')}/infer"

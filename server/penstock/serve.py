@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -45,7 +46,13 @@ def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; the process's exit status. Raises ServingError where serving cannot start."""
     logs.set_up(settings)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings))
+        status = runner.run(_serve(settings))
+        if status != OK:
+            # Threads that still load or run a model cannot be ended, and the interpreter would wait for them.
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(status)
+    return status
 
 
 async def _serve(settings: Settings) -> int:
@@ -63,7 +70,14 @@ async def _serve(settings: Settings) -> int:
 
     engine = Engine(settings)
     engine.mailbox()  # this loop's
-    await asyncio.to_thread(engine.lifecycle.start)
+    app, door = HttpApp(engine, settings), Door(engine)  # before the models, for a setting may be wrong
+    loading = loop.run_in_executor(None, engine.lifecycle.start)
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        logger.warning("stopped while models were loading")
+        return FAILED
+    loading.result()
     failures = engine.lifecycle.failures()
     if failures and settings.exit_on_error:
         logger.error("failed to load all models; --exit-on-error false would serve the others")
@@ -73,7 +87,7 @@ async def _serve(settings: Settings) -> int:
     doors = Doors()
     serving: list[asyncio.Task[None]] = []
     if http_socket is not None:
-        doors.http = make_server(HttpApp(engine, settings), settings)
+        doors.http = make_server(app, settings)
         doors.http_port = http_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.http.serve(sockets=[http_socket])))
     if metrics_socket is not None:
@@ -81,12 +95,12 @@ async def _serve(settings: Settings) -> int:
         doors.metrics_port = metrics_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.metrics.serve(sockets=[metrics_socket])))
     if settings.allow_grpc:
-        doors.grpc = GrpcioServer(Door(engine), settings)
+        doors.grpc = GrpcioServer(door, settings)
         doors.grpc_port = await doors.grpc.start(settings.address("grpc"))
     await _listening(doors, serving)
     _announce(engine, settings, doors)
 
-    await stop.wait()
+    await stopping
     started_s = time.monotonic()
     finished = await _stop_doors(doors, serving, settings.exit_timeout_secs)
     left_s = max(0.0, settings.exit_timeout_secs - (time.monotonic() - started_s))
@@ -210,6 +224,6 @@ def _print_summary(engine: Engine, addresses: dict[str, str], out: TextIO) -> No
         print(f"{door:8}{address}{path}", file=out)
     models = engine.lifecycle.models()
     if models and "http" in addresses:
-        signature = min((model.signature for model in models), key=samples.elements)
+        signature = min((model.signature for model in models), key=samples.difficulty)
         print(f"\nTry it:\n  {samples.curl(signature, addresses['http'])}\n", file=out)
     out.flush()
