@@ -10,7 +10,7 @@ TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
-.PHONY: help setup setup-check serve check lint test format proto docs models conformance conformance-clients conformance-mlserver bench wheel clean
+.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-clients conformance-mlserver torture fuzz bench wheel clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{split($$1, name, ":"); printf "  make %-13s %s\n", name[1], $$2}'
@@ -54,8 +54,14 @@ conformance: setup-check ## protocol tests against a fresh server, or URL=http:/
 conformance-clients: setup-check ## foreign clients in environments of their own; ONLY=kserve for one; URL= and GRPC= as above
 	$(BIN)/python -m conformance_tests.clients.run $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(addprefix --only ,$(ONLY))
 
-conformance-mlserver: setup-check ## which clauses MLServer proves and fails, into OUT=file.md
+conformance-mlserver: setup-check ## which of OIP's clauses MLServer passes, into its RESULT.md or OUT=file.md
 	$(BIN)/python -m conformance_tests.mlserver_reference.run $(OUT)
+
+torture: fuzz ## the long runs
+
+FUZZ_CASES ?= 120000
+fuzz: setup-check ## so many broken requests over JSON, binary framing, protobuf and raw bytes; SEED=, URL=, GRPC=
+	$(BIN)/python -m conformance_tests.fuzz --cases $(FUZZ_CASES) $(if $(SEED),--seed $(SEED)) $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC))
 
 bench: setup-check ## the standard load, into BENCHMARKS.md; PERF_ANALYZER=path adds NVIDIA's client, ARGS=--no-record only looks
 	$(BIN)/python -m conformance_tests.benchmarks.standard $(ARGS)
@@ -66,6 +72,9 @@ format: setup-check ## put code into the project's form
 
 proto: setup-check ## proto/ to wire.binpb and typing stubs
 	$(BIN)/python proto/compile.py
+
+clauses: setup-check ## server/docs/clauses.md, the table of clauses and their state
+	$(BIN)/pytest conformance_tests --clauses-out server/docs/clauses.md
 
 docs: setup-check ## the tables of server/docs/ from the code
 	$(BIN)/python server/docs/render.py

@@ -264,7 +264,7 @@ def read_outputs(answer: Any) -> list[Tensor]:
     """The outputs of a ModelInferResponse, which are raw all of them or typed all of them."""
     if answer.raw_output_contents:
         assert len(answer.raw_output_contents) == len(answer.outputs), "one raw entry per output"
-        assert not any(output.HasField("contents") for output in answer.outputs), "raw and typed contents in one answer"
+        assert not any(output.contents.ListFields() for output in answer.outputs), "raw and typed in one answer"
         return [
             Tensor(output.name, output.datatype, unpack(output.datatype, raw, list(output.shape)))
             for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)

@@ -130,16 +130,17 @@ class Ledger:
             for entry in self.clauses.values()
         }
 
-    def markdown(self, states: Mapping[Verdict, str]) -> str:
+    def markdown(self, states: Mapping[Verdict, str], *about: str) -> str:
         """The whole table, one row per clause, each verdict in the words of `states`."""
         counts = Counter(states[self.overall(entry)] for entry in self.clauses.values())
         counted = ", ".join(f"{counts[state]} {state}" for state in dict.fromkeys(states.values()) if counts[state])
-        lines = ["# Clauses", "", *ABOUT, "", f"{len(self.clauses)} clauses: {counted}."]
+        lines = ["# Clauses", "", *ABOUT, *about, "", f"{len(self.clauses)} clauses: {counted}."]
         area = ""
         for entry in self.clauses.values():
             if entry.area != area:
                 area = entry.area
-                heading = area.replace("_", " ").capitalize()
+                first, *rest = area.split("_")
+                heading = " ".join([WRITTEN.get(first, first.capitalize()), *rest])
                 lines += [
                     "",
                     f"## {heading}",
@@ -158,11 +159,13 @@ class Ledger:
 
 
 NAMES = {"http": "HTTP", "grpc": "gRPC", "process": "process"}
+WRITTEN = NAMES | {"json": "JSON", "cuda": "CUDA"}
 ABOUT = (
     "Every rule that the conformance tests hold a server to, in our words, and whose rule it is: **OIP**, the Open",
     "Inference Protocol; **Triton**, its extensions, and its form where the protocol leaves one open; **Penstock**,",
-    "where it adds something or differs from both on purpose. `make clauses` writes this page.",
+    "where it adds something or differs from both on purpose.",
 )
+PUBLISHED = ("Penstock passes the tests of every rule that is *tested*. `make clauses` writes this page.",)
 AS_FOUND = {verdict: verdict.value for verdict in Verdict}
 # Of our own server, whose models are all there: a test is skipped only for want of a device or a program on the machine
 # that writes the table, and the table is to be the same on every machine.
@@ -245,7 +248,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for line in ledger.summary():
             terminalreporter.write_line(line)
     if out := config.getoption("--clauses-out"):
-        states = AS_FOUND if config.getoption("--url", None) else AS_PUBLISHED
-        text = json.dumps(ledger.document()) if Path(out).suffix == ".json" else ledger.markdown(states)
+        if Path(out).suffix == ".json":
+            text = json.dumps(ledger.document())
+        elif config.getoption("--url", None):
+            text = ledger.markdown(AS_FOUND)
+        elif ledger.failures:
+            terminalreporter.write_line(f"{out} is not written: clauses failed")
+            return
+        else:
+            text = ledger.markdown(AS_PUBLISHED, *PUBLISHED)
         Path(out).write_text(text, encoding="utf-8")
         terminalreporter.write_line(f"the table of clauses is in {out}")

@@ -49,8 +49,8 @@ class SimpleString(Model):
     def outputs_of(self, inputs: Mapping[str, RequestInput]) -> dict[str, ResponseOutput]:
         left, right = ([*map(int, StringCodec.decode_input(inputs[name]))] for name in ("INPUT0", "INPUT1"))
         results = {
-            "OUTPUT0": [str(a + b) for a, b in zip(left, right, strict=True)],
-            "OUTPUT1": [str(a - b) for a, b in zip(left, right, strict=True)],
+            "OUTPUT0": [b"%d" % (a + b) for a, b in zip(left, right, strict=True)],
+            "OUTPUT1": [b"%d" % (a - b) for a, b in zip(left, right, strict=True)],
         }
         shape = inputs["INPUT0"].shape
         return {
@@ -75,5 +75,6 @@ class TimesVersion(Model):
     """y = x times the model's version."""
 
     def outputs_of(self, inputs: Mapping[str, RequestInput]) -> dict[str, ResponseOutput]:
-        x = self.decode(inputs["x"], default_codec=NumpyCodec)
-        return {"y": NumpyCodec.encode_output("y", x * x.dtype.type(self.version))}
+        y = self.decode(inputs["x"], default_codec=NumpyCodec) * int(self.version)
+        # Not by NumpyCodec, which makes [n] of one axis [n,1].
+        return {"y": ResponseOutput(name="y", datatype="FP32", shape=list(y.shape), data=y.tolist())}

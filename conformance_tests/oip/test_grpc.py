@@ -42,18 +42,28 @@ def numbers(answer: Any) -> dict[str, list[list[int]]]:
     return {output.name: output.array.tolist() for output in read_outputs(answer)}
 
 
-@clause("grpc.raw", "grpc.answer_form")
+@clause("grpc.raw")
 @needs("simple")
 def test_raw_entries_are_the_inputs_in_order(grpc: GrpcClient) -> None:
     answer = grpc.call("ModelInfer", raw(simple()))
     assert numbers(answer) == {"OUTPUT0": [[*range(1, 17)]], "OUTPUT1": [[*range(-1, 15)]]}
 
 
-@clause("grpc.typed", "grpc.answer_form")
+@clause("grpc.typed")
 @needs("simple")
 def test_typed_contents_are_the_inputs(grpc: GrpcClient) -> None:
     answer = grpc.call("ModelInfer", typed(simple()))
     assert numbers(answer) == {"OUTPUT0": [[*range(1, 17)]], "OUTPUT1": [[*range(-1, 15)]]}
+
+
+@clause("grpc.answer_form")
+@needs("simple")
+@pytest.mark.parametrize("form", [raw, typed])
+def test_an_answer_with_raw_contents_has_no_other(grpc: GrpcClient, form: Callable[[Call], Any]) -> None:
+    answer = grpc.call("ModelInfer", form(simple()))
+    typed_outputs = [output.HasField("contents") for output in answer.outputs]
+    assert len(answer.raw_output_contents) == (0 if all(typed_outputs) else len(answer.outputs))
+    assert len({*typed_outputs}) == 1
 
 
 @clause("grpc.answers_raw")

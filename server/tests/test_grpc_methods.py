@@ -697,6 +697,30 @@ def test_a_stop_waits_for_inferences_and_not_for_watches() -> None:
     run(test)
 
 
+def test_a_path_that_is_no_utf_8_ends_no_more_than_its_call() -> None:
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    fields = ((b":path", b"/a/\x80"), (b":authority", b"a"), (b"content-type", b"application/grpc"))
+    # POST and http of the static table, then literals.
+    block = b"\x83\x86" + b"".join(bytes([0, len(name)]) + name + bytes([len(value)]) + value for name, value in fields)
+    call = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 5, 1, block)
+
+    async def test() -> None:
+        async with serve(model("m", Doubler())) as served:
+            host, _, port = served.url.rpartition(":")
+            for _ in range(2):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(call)
+                writer.write_eof()
+                await reader.read()
+                writer.close()
+                answer = await served.infer(request("m", 4), wait_for_ready=True)
+                assert answer.raw_output_contents[0] == struct.pack("<i", 8)
+
+    run(test)
+
+
 def test_the_public_client_s_four_flavours_work() -> None:
     values = np.arange(4, dtype=np.int32)
 

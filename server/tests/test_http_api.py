@@ -20,7 +20,7 @@ from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.http_api import Door, Exchange, Head, HttpApp, coding, make_server, serve_infer
 from penstock.http_api.answers import STATUS, Body, Headers
-from penstock.http_api.server import MAX_CHUNKS
+from penstock.http_api.server import MAX_CHUNKS, LimitedProtocol
 from penstock.lifecycle import Lifecycle
 from penstock.messages import InferRequest, InferResponse
 from penstock.model import Loaded, Model
@@ -898,3 +898,51 @@ def test_a_closed_connection_cancels_what_waits() -> None:
 
     on_the_wire(client, talk)
     assert [request.id for request in gated.seen] == ["", ""]
+
+
+class Pipe(asyncio.Transport):
+    """A connection without a socket. Like uvloop's it takes no more once it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        assert not self.closed, "the handler is closed"
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None:
+        """What is read comes from the test."""
+
+    resume_reading = pause_reading
+
+
+@pytest.mark.parametrize("pipelined", [1, 3])
+def test_an_answer_to_a_client_that_has_just_left_is_dropped(pipelined: int, caplog: pytest.LogCaptureFixture) -> None:
+    gated = Gated()
+    client = Client(model("m", gated))
+
+    async def run() -> None:
+        server = make_server(client.app, client.settings)
+        server.config.load()
+        connection = LimitedProtocol(server.config, server.server_state, {}, asyncio.get_running_loop())  # type: ignore[arg-type]
+        pipe = Pipe()
+        connection.connection_made(pipe)
+        connection.data_received(post(orjson.dumps(INFER)) * pipelined)
+        assert await asyncio.to_thread(gated.entered.wait, LIMIT_S)
+        connection.eof_received()
+        pipe.close()  # by the event loop, which calls `connection_lost` in its next turn only
+        gated.gate.set()
+        await asyncio.wait_for(asyncio.gather(*server.server_state.tasks), LIMIT_S)
+        connection.connection_lost(None)
+        assert pipe.written == b""
+
+    asyncio.run(run())
+    assert caplog.records == []

@@ -1,6 +1,7 @@
 """The table of methods on grpcio's server: bytes in, bytes out, and no options of its own."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -15,6 +16,10 @@ from penstock.settings import Settings
 
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 STOPPING = "GRPC server is shutting down and has stopped accepting new requests."
+# grpcio from 1.84 on ends its server for good when a call's path is no UTF-8, and tells so only to who asks.
+LOOK_S = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 class GrpcioServer(grpc.GenericRpcHandler):
@@ -27,6 +32,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
             path: self._unary(row) if isinstance(row, Unary) else self._stream(row) for path, row in METHODS.items()
         }
         self._server: grpc.aio.Server | None = None
+        self._guard: asyncio.Task[None] | None = None
         self._endless: set[asyncio.Task[Any]] = set()  # calls that a stop does not wait for
         self._stopping = False
 
@@ -35,8 +41,12 @@ class GrpcioServer(grpc.GenericRpcHandler):
 
         Raises ServingError(UNAVAILABLE) where the address cannot be had.
         """
-        host, port = address
-        self._server = grpc.aio.server(
+        self._server, bound = await self._listen(*address)
+        self._guard = asyncio.create_task(self._keep_serving(self._server, address[0], bound))
+        return bound
+
+    async def _listen(self, host: str, port: int) -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server(
             handlers=(self,),
             options=(
                 ("grpc.max_receive_message_length", self._limit_bytes),
@@ -45,17 +55,30 @@ class GrpcioServer(grpc.GenericRpcHandler):
             ),
         )
         try:
-            bound = self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
             raise ServingError(
                 Kind.UNAVAILABLE, f"cannot listen for gRPC on {host}:{port}: is the port in use already?"
             ) from error
-        await self._server.start()
-        return bound
+        await server.start()
+        return server, bound
+
+    async def _keep_serving(self, server: grpc.aio.Server, host: str, port: int) -> None:
+        """Serve on where grpcio has given up. Calls of the server that ended are cancelled."""
+        while True:
+            try:
+                await server.wait_for_termination(LOOK_S)
+            except Exception as error:
+                logger.error("grpcio's server ended, another takes its place", exc_info=error)
+                await server.stop(None)
+                server, _ = await self._listen(host, port)
+                self._server = server
 
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more; give calls `grace_s` seconds to finish, then cancel them. Watches end at once."""
         self._stopping = True
+        if self._guard is not None:
+            self._guard.cancel()
         for task in self._endless:
             task.cancel()
         if self._server is not None:

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import http
 import logging
+from collections import deque
 from collections.abc import Generator
 from typing import Any
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from penstock.http_api.answers import failed
@@ -80,6 +81,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._in_body = False
         self._chunks = 0
+        self._unanswered: deque[RequestResponseCycle] = deque()  # the first is being served
         self._refused = False  # nothing more is read
         self._last_words = b""  # to be sent before the connection closes
 
@@ -90,7 +92,18 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._unset_keepalive_if_required()
+        self._disconnect()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        """The client's side has ended. The transport closes now and says so later; until then a write would fail."""
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Nobody will hear an answer. uvicorn tells the latest request only, not those before it in the pipeline."""
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -153,6 +166,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._head_too_large()
             raise _RefusedError
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
         self._in_head, self._in_body = False, True
 
     def on_chunk_header(self) -> None:
@@ -175,6 +189,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self._unanswered.popleft()
         last = not self.pipeline
         super().on_response_complete()
         if self._refused and last and not self.transport.is_closing():
