@@ -10,7 +10,7 @@ TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
-.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-clients conformance-mlserver torture fuzz bench wheel clean
+.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-clients conformance-mlserver torture fuzz kills bench wheel clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{split($$1, name, ":"); printf "  make %-13s %s\n", name[1], $$2}'
@@ -57,7 +57,11 @@ conformance-clients: setup-check ## foreign clients in environments of their own
 conformance-mlserver: setup-check ## which of OIP's clauses MLServer passes, into its RESULT.md or OUT=file.md
 	$(BIN)/python -m conformance_tests.mlserver_reference.run $(OUT)
 
-torture: fuzz ## the long runs
+torture: fuzz kills ## the long runs
+
+KILLS ?= 200
+kills: setup-check ## the server killed so many times while jobs come, run, stream and end; then every job is accounted for
+	$(BIN)/python -m conformance_tests.jobs.kill --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 FUZZ_CASES ?= 120000
 fuzz: setup-check ## so many broken requests over JSON, binary framing, protobuf and raw bytes; SEED=, URL=, GRPC=

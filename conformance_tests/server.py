@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from conformance_tests.http_wire import HttpClient
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 40.0
 SAMPLES = Path(__file__).parents[1] / "model_repository"
+HANDLERS = Path(__file__).parent / "models" / "handlers"
 PENSTOCK = Path(sys.executable).with_name("penstock")
 
 
@@ -69,12 +71,8 @@ class Target:
 @contextlib.contextmanager
 def penstock(repositories: Sequence[Path], log: Path, *options: str) -> Iterator[Running]:
     """`penstock serve` on free ports, from its announcement until the end of the block."""
-    command = [str(PENSTOCK), "serve"]
-    for repository in repositories:
-        command += ["--model-repository", str(repository)]
-    command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--announce", "json", *options]
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+    command = serve(repositories, *options)
+    process = spawn(command, log)
     assert process.stdout is not None
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # The pipe is read to its end, so that nothing the server prints later can fill it and block the server.
@@ -91,6 +89,21 @@ def penstock(repositories: Sequence[Path], log: Path, *options: str) -> Iterator
             process.wait()
         reader.join()
         process.stdout.close()
+
+
+def serve(repositories: Sequence[Path], *options: str) -> list[str]:
+    """The command that serves on free ports."""
+    command = [str(PENSTOCK), "serve"]
+    for repository in repositories:
+        command += ["--model-repository", str(repository)]
+    return [*command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--announce", "json", *options]
+
+
+def spawn(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a server whose errors go to `log`, and whose jobs lie beside it unless an option says otherwise."""
+    state = os.environ | {"XDG_STATE_HOME": str(log.parent)}
+    with log.open("ab") as errors:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=state)
 
 
 def _read(pipe: IO[bytes], lines: "queue.SimpleQueue[bytes]") -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from conformance_tests.clients.environments import ROOT, BrokenError, MissingError, node_for, python_for
+from conformance_tests.clients.environments import BrokenError, MissingError, node_for, python_for
 from conformance_tests.models.fixtures import make_fixtures
-from conformance_tests.server import penstock
+from conformance_tests.server import HANDLERS, SAMPLES, penstock
 
 HERE = Path(__file__).parent
 LIMIT_S = 300.0
@@ -72,7 +72,7 @@ def started() -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as directory:
         fixtures = Path(directory) / "fixtures"
         make_fixtures(fixtures)
-        with penstock([ROOT / "model_repository", fixtures], Path(directory) / "server.log") as running:
+        with penstock([SAMPLES, HANDLERS, fixtures], Path(directory) / "server.log") as running:
             yield running.http, running.grpc
 
 
@@ -144,9 +144,9 @@ def tell(results: dict[str, Result]) -> None:
     for name, result in results.items():
         for skip in result.skips:
             print(f"{name}: skipped {skip}")
-    print(f"\n{'suite':<12}{'passed':>7}{'failed':>8}{'skipped':>9}")
+    print(f"\n{'suite':<16}{'passed':>7}{'failed':>8}{'skipped':>9}")
     for name, result in results.items():
-        print(f"{name:<12}{result.row}")
+        print(f"{name:<16}{result.row}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def admit(signature: Signature, id: str, given: Sequence[Given], outputs: Iterab
         if (
             spec is None
             or tensor.datatype != spec.datatype.name
-            or not _fits(tensor.shape, spec.shape)
+            or not fits(tensor.shape, spec.shape)
             or (batched and tensor.shape[0] != rows)
         ):
             _refuse(signature, id, given, outputs)
@@ -81,7 +81,8 @@ def admit(signature: Signature, id: str, given: Sequence[Given], outputs: Iterab
     return Admitted(tensors, rows)
 
 
-def _fits(shape: Sequence[int], expected: tuple[int, ...]) -> bool:
+def fits(shape: Sequence[int], expected: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape may be an input that is declared as `expected`, where -1 is any size."""
     if len(shape) != len(expected):
         return len(shape) + len(expected) == 1 and (tuple(shape) or expected) == (1,)  # a scalar, as [] or as [1]
     return all(got == want or (want == -1 and got >= 0) for got, want in zip(shape, expected, strict=True))
@@ -220,7 +221,7 @@ def _wildcards(sent: _Sent) -> str | None:
 def _shapes(sent: _Sent) -> str | None:
     for tensor in sent.given:
         expected = sent.signature.inputs[tensor.name].shape
-        if not _fits(tensor.shape, expected):
+        if not fits(tensor.shape, expected):
             note = UNBATCHED_NOTE if sent.signature.max_batch_size else ""
             return (
                 f"{sent.prefix}unexpected shape for input '{tensor.name}' for model '{sent.model}'. "

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import penstock
-from penstock import bench, client, inspection, triton_flags
+from penstock import bench, client, inspection, keys_command, triton_flags
 from penstock import settings as options
+from penstock.client import jobs_command
 from penstock.errors import Kind, ServingError
 from penstock.settings import OPTIONS, Option, Settings
 
@@ -67,6 +68,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     return bench.run(arguments, _settings(arguments))
 
 
+def _keys(arguments: argparse.Namespace) -> int:
+    return keys_command.run(arguments, _settings(arguments))
+
+
 def _settings(arguments: argparse.Namespace, repositories: Sequence[str] = ()) -> Settings:
     """From flags, environment and file. Raises ServingError."""
     flags = {name: value for name, value in vars(arguments).items() if name in OPTIONS and value is not None}
@@ -104,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_options(load)
     load.set_defaults(command=_bench, operands="")
     _add_loading(load, LOADING)
+    jobs = commands.add_parser("jobs", allow_abbrev=False, help="hand in, list, watch and end jobs of a server")
+    jobs_command.add_options(jobs)
+    jobs.set_defaults(command=jobs_command.run)
+    keys = commands.add_parser("keys", allow_abbrev=False, help="add, list and remove the API keys of a server")
+    keys_command.add_options(keys)
+    keys.set_defaults(command=_keys)
     return parser
 
 

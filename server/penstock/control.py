@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import penstock
 from penstock import model_config, pb
+from penstock.auth import Category
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.lifecycle import parse_version
@@ -30,6 +31,8 @@ class Method:
     rpc: str
     http: tuple[tuple[str, str], ...]  # (verb, path) pairs; `{name}` and `{version}` become fields
     call: Call
+    category: Category
+    keyless: bool = False  # answers callers without an API key, for it tells nothing about models
     blocking: bool = False  # may take long: to be called on a thread of its own
     http_shape: Callable[[Any], tuple[int, Any]] | None = None
     grpc_shape: Callable[[Any], Any] | None = None
@@ -151,20 +154,36 @@ MODEL = "/v2/models/{name}"
 VERSION = "/v2/models/{name}/versions/{version}"
 
 METHODS: tuple[Method, ...] = (
-    Method("ServerLive", (("GET", "/v2/health/live"),), server_live, http_shape=_health("live")),
-    Method("ServerReady", (("GET", "/v2/health/ready"),), server_ready, http_shape=_health("ready")),
-    Method("ModelReady", (("GET", f"{MODEL}/ready"), ("GET", f"{VERSION}/ready")), model_ready),
-    Method("ServerMetadata", (("GET", "/v2"), ("GET", "/v2/")), server_metadata),
+    Method(
+        "ServerLive",
+        (("GET", "/v2/health/live"),),
+        server_live,
+        Category.HEALTH,
+        keyless=True,
+        http_shape=_health("live"),
+    ),
+    Method(
+        "ServerReady",
+        (("GET", "/v2/health/ready"),),
+        server_ready,
+        Category.HEALTH,
+        keyless=True,
+        http_shape=_health("ready"),
+    ),
+    Method("ModelReady", (("GET", f"{MODEL}/ready"), ("GET", f"{VERSION}/ready")), model_ready, Category.HEALTH),
+    Method("ServerMetadata", (("GET", "/v2"), ("GET", "/v2/")), server_metadata, Category.METADATA),
     Method(
         "ModelStatistics",
         (("GET", "/v2/models/stats"), ("GET", f"{MODEL}/stats"), ("GET", f"{VERSION}/stats")),
         model_statistics,
+        Category.STATISTICS,
     ),
-    Method("ModelMetadata", (("GET", MODEL), ("GET", VERSION)), model_metadata),
+    Method("ModelMetadata", (("GET", MODEL), ("GET", VERSION)), model_metadata, Category.METADATA),
     Method(
         "ModelConfig",
         (("GET", f"{MODEL}/config"), ("GET", f"{VERSION}/config")),
         read_model_config,
+        Category.MODEL_CONFIG,
         http_shape=lambda config: (200, model_config.to_json(config)),
         grpc_shape=lambda config: pb.ModelConfigResponse(config=config),
     ),

@@ -5,7 +5,8 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 from penstock.errors import Kind, ServingError
@@ -53,6 +54,15 @@ class Mailbox:
 
 
 Result = InferResponse | ServingError
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    """One of the answers to a request: the last one or not; `partial` marks progress, which is no answer of its own."""
+
+    response: InferResponse
+    final: bool = True
+    partial: bool = False
 
 
 class Engine:
@@ -107,7 +117,7 @@ class Engine:
             pending.cancel(ServingError(Kind.CANCELLED, "the client went away"))
             raise
 
-    async def stream(self, model: Model, request: InferRequest) -> AsyncIterator[InferResponse]:
+    async def stream(self, model: Model, request: InferRequest) -> AsyncGenerator[Replied, None]:
         """Run an admitted request that may be answered any number of times, in the order of its replies.
 
         Its producer waits while STREAM_WINDOW replies lie unread. Leaving the iteration cancels the request.
@@ -136,7 +146,7 @@ def _settle(future: "asyncio.Future[InferResponse]", result: Result) -> None:
 
 
 class OnLoop:
-    """A reply that hands one answer to a callback on the event loop."""
+    """A reply that hands the final answer to a callback on the event loop; progress and earlier answers are dropped."""
 
     __slots__ = ("_callback", "_mailbox")
 
@@ -144,8 +154,9 @@ class OnLoop:
         self._mailbox = mailbox
         self._callback = callback
 
-    def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:  # noqa: ARG002
-        self._mailbox.post(functools.partial(self._callback, result))
+    def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:
+        if final and not partial:
+            self._mailbox.post(functools.partial(self._callback, result))
         return PLENTY
 
 
@@ -157,7 +168,7 @@ class Window:
 
     def __init__(self, mailbox: Mailbox, size: int) -> None:
         self._mailbox = mailbox
-        self._items: deque[Result | None] = deque()
+        self._items: deque[Replied | ServingError | None] = deque()
         self._left = size
         self.ended = False  # the final reply has come
         self._room = threading.Condition()
@@ -168,9 +179,9 @@ class Window:
     def left(self) -> int:
         return self._left
 
-    def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:  # noqa: ARG002
+    def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:
         with self._room:
-            self._items.append(result)
+            self._items.append(result if isinstance(result, ServingError) else Replied(result, final, partial))
             if final:
                 self.ended = True
                 self._items.append(None)
@@ -194,7 +205,7 @@ class Window:
                 self._room_waiters.append((asyncio.get_running_loop(), event))
             await event.wait()
 
-    async def get(self) -> Result | None:
+    async def get(self) -> Replied | ServingError | None:
         """The next answer; None when there are no more."""
         while not self._items:
             self._arrived.clear()

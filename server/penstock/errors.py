@@ -39,3 +39,18 @@ class ServingError(Exception):
 
     def __reduce__(self) -> tuple[type["ServingError"], tuple[Kind, str]]:
         return ServingError, (self.kind, self.message)
+
+
+class WorkerLostError(ServingError):
+    """The process that ran a request has ended before it answered: UNAVAILABLE, to be tried again.
+
+    `blamed` says that this request was the one that ran when the process crashed; otherwise the process was ended for
+    the sake of another request, and this one has done nothing to deserve it.
+    """
+
+    def __init__(self, message: str, blamed: bool) -> None:
+        super().__init__(Kind.UNAVAILABLE, message)
+        self.blamed = blamed
+
+    def __reduce__(self) -> tuple[type["WorkerLostError"], tuple[str, bool]]:  # type: ignore[override]
+        return WorkerLostError, (self.message, self.blamed)

@@ -8,7 +8,7 @@ from time import monotonic_ns
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferResponse
 from penstock.queueing import Pending, Scheduler
-from penstock.runtime import Credit, Instance
+from penstock.runtime import PLENTY, Credit, Instance
 from penstock.statistics import Execution
 
 logger = logging.getLogger(__name__)
@@ -121,12 +121,16 @@ class Crew:
             self._ended(1)
         return dropped
 
-    def freed(self, worker: Worker) -> None:
-        """A request that the worker started has had its final reply."""
-        with self._lock:
-            worker.in_flight -= 1
-            worker.wake.notify()
-        self._ended(1)
+    def finished(self, worker: Worker, pending: Pending, result: InferResponse | ServingError, started_ns: int) -> None:
+        """A request that the worker started has its final reply: count and send it, and free its place."""
+        ended_ns = monotonic_ns()
+        try:
+            self._finish([pending], [result], Execution(started_ns, started_ns, ended_ns, ended_ns))
+        finally:
+            with self._lock:
+                worker.in_flight -= 1
+                worker.wake.notify()
+            self._ended(1)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
@@ -253,21 +257,21 @@ class Crew:
 class _FinalReply:
     """The reply of a request that was started: passes all on, and frees the worker's place at the final one."""
 
-    __slots__ = ("_crew", "_pending", "_worker", "ended")
+    __slots__ = ("_crew", "_pending", "_started_ns", "_worker", "ended")
 
     def __init__(self, crew: Crew, worker: Worker, pending: Pending) -> None:
         self._crew = crew
         self._worker = worker
         self._pending = pending
+        self._started_ns = monotonic_ns()
         self.ended = False  # the final reply was given
 
     def __call__(self, result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit:
-        self.ended = final
-        try:
+        if not final:
             return self._pending.reply(result, final, partial)
-        finally:
-            if final:
-                self._crew.freed(self._worker)
+        self.ended = True
+        self._crew.finished(self._worker, self._pending, result, self._started_ns)
+        return PLENTY
 
 
 def _failure(error: Exception, pending: Pending) -> ServingError:

@@ -122,6 +122,15 @@ class Lifecycle:
         """Whether a model of this name was ever to be loaded, served or not."""
         return name in self._entries
 
+    def states(self, name: str) -> list[State]:
+        """The states of all versions of a model that were ever to be served; a load that failed early is one more."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                return []
+            states = [record.state for record in entry.versions.values()]
+            return states or ([State.UNAVAILABLE] if entry.failure else [])
+
     def models(self) -> list[Model]:
         """Every version that is served, by name and version."""
         serving = self._serving
@@ -436,8 +445,10 @@ class Lifecycle:
 
 
 def _filenames(path: Path) -> list[str]:
-    """The names in a version's directory; a bare model file stands for the default name."""
-    return [repository.DEFAULT_FILENAME] if path.is_file() else sorted(os.listdir(path))
+    """The names in a version's directory; a bare model file stands for the default name, if it is no handler file."""
+    if path.is_file():
+        return [path.name if path.name in repository.HANDLERS else repository.DEFAULT_FILENAME]
+    return sorted(os.listdir(path))
 
 
 def _choose_file(config: pb.ModelConfig, path: Path, note: Note) -> pb.ModelConfig:

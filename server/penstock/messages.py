@@ -26,6 +26,14 @@ class Sequence:
 
 
 @dataclass(slots=True)
+class JobContext:
+    """What a job brings to its model beside the input."""
+
+    id: str
+    passed: bytes  # a JSON object of what the submitter passes through: s3Config and the like. Never shown or logged
+
+
+@dataclass(slots=True)
 class InferRequest:
     """One inference. Made by `admission`, so its tensors agree with the model's signature."""
 
@@ -39,6 +47,7 @@ class InferRequest:
     deadline_ns: int = 0  # monotonic; 0 means: none
     sequence: Sequence | None = None
     rows: int = 1  # of the batch axis; 1 for a model without one
+    job: JobContext | None = None  # None unless the request is a job
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from penstock.tensor import BYTES, Tensor, objects
 logger = logging.getLogger(__name__)
 
 FIRST_RUN_LIMIT_NS = 20_000_000  # a model that takes longer for one row of nothing is not asked again
+INLINE_CONCURRENCY = 64  # requests to have at hand where bringing one takes longer than running it
 PROBES = ((1, 1), (8, 1), (8, 16))  # rows of the batch axis, and the size of every other open dimension
 
 
@@ -47,6 +48,8 @@ class Model:
         self.decoupled = loaded.config.model_transaction_policy.decoupled
         self.statistics = Statistics()
         inline_bytes = self._probe(instances[0])
+        self._instances = tuple(instances)
+        self.streams = any(instance.streams for instance in instances)  # it may answer more than once, or later
         self._crew = Crew(f"{self.name}-{self.version}", Fifo(), instances, self._finish, self._withdrawn)
         self._crew.allow_inline(inline_bytes)
 
@@ -54,6 +57,20 @@ class Model:
     def waiting(self) -> int:
         """How many requests are queued."""
         return self._crew.waiting
+
+    @property
+    def workers(self) -> int:
+        """How many instances there are."""
+        return len(self._instances)
+
+    @property
+    def concurrency(self) -> int:
+        """How many requests keep all instances busy: what each runs at a time, full batches, and more of short ones."""
+        most = sum(
+            instance.max_in_flight if instance.streams else max(1, self.signature.max_batch_size)
+            for instance in self._instances
+        )
+        return most if self.inline_bytes < 0 else max(most, INLINE_CONCURRENCY)
 
     @property
     def draining(self) -> bool:
@@ -89,7 +106,7 @@ class Model:
             return -1
         largest, reason = -1, ""
         for rows, size in PROBES:
-            request = _zeros(self.signature, rows, size)
+            request = zeros(self.signature, rows, size)
             if _size(request) <= largest:
                 continue
             fastest_ns = _fastest(instance, request)
@@ -165,7 +182,7 @@ def _size(request: InferRequest) -> int:
     return total
 
 
-def _zeros(signature: Signature, rows: int, size: int) -> InferRequest:
+def zeros(signature: Signature, rows: int, size: int) -> InferRequest:
     """A request of zeros, as text where that is wanted: `rows` on the batch axis, `size` for other open dimensions."""
     batched = signature.max_batch_size > 0
     rows = min(rows, signature.max_batch_size) if batched else 1

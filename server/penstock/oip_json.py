@@ -18,6 +18,7 @@ from penstock.tensor import BF16, BOOL, BYTES, DATATYPES, Array, Datatype, Tenso
 
 SEQUENCE_ID_LIMIT = 128  # bytes of a sequence id that is a string
 UINT64_END = 2**64
+EMPTY = memoryview(b"")
 INT64_LOW = -(2**63)
 
 NonFinite: TypeAlias = Literal["string", "literal"]  # how NaN and infinities stand in JSON: "NaN", or NaN
@@ -78,7 +79,11 @@ def decode(signature: Signature, body: bytes | memoryview, header_length: int | 
     json_bytes = len(view) if header_length is None else header_length
     if not json_bytes:
         return _raw(signature, view, limits)
-    document = parse(view[:json_bytes], limits.input_bytes)
+    return read(signature.model, parse(view[:json_bytes], limits.input_bytes), limits, view, json_bytes)
+
+
+def read(model: str, document: Any, limits: Limits, view: memoryview = EMPTY, json_bytes: int = 0) -> Decoded:
+    """The request in a parsed document. Its binary tensors lie in `view`, from `json_bytes` on. Raises as `decode`."""
     members = document if type(document) is dict else {}
     decoded = Decoded()
     if "id" in members:
@@ -90,9 +95,9 @@ def decode(signature: Signature, body: bytes | memoryview, header_length: int | 
         raise _invalid(
             f"request has {len(inputs)} inputs, the limit is {limits.tensors}. Use --max-tensors to increase it."
         )
-    decoded.given, offset = _inputs(inputs, signature.model, view, json_bytes, limits)
+    decoded.given, offset = _inputs(inputs, model, view, json_bytes, limits)
     if offset < len(view):
-        raise _invalid(f"unexpected additional input data for model '{signature.model}'")
+        raise _invalid(f"unexpected additional input data for model '{model}'")
     if "outputs" in members:
         for entry in _typed(members["outputs"], list, "outputs", "array"):
             _output(entry, decoded)
@@ -123,7 +128,7 @@ def encode(response: InferResponse, forms: Forms, non_finite: NonFinite) -> tupl
             if len(data):
                 buffers.append(data)
         else:
-            entry["data"] = _to_json(tensor, non_finite)
+            entry["data"] = to_json(tensor, non_finite)
         outputs.append(entry)
     head: dict[str, Any] = {"id": response.id} if response.id else {}
     head["model_name"] = response.model
@@ -356,6 +361,11 @@ def _data(name: str, datatype_name: str, shape: list[int], data: Any, limit_byte
         raise _invalid("Unable to parse 'data': Shape does not match true shape of 'data' field")
     if len(flat) < size:
         raise _invalid("Failed to parse 'data' field: shape does not match true shape")
+    return numbers(name, datatype, flat, kinds)
+
+
+def numbers(name: str, datatype: Datatype, flat: list[Any], kinds: set[type]) -> Array:
+    """JSON values as a flat array of any datatype but BYTES; `kinds` are their types. Raises ServingError(INVALID)."""
     if datatype is BOOL:
         if kinds != {bool}:
             raise _mistyped("data", "boolean")
@@ -457,7 +467,7 @@ _LARGEST = {"FP16": 65504.0, "BF16": 3.3895313892515355e38, "FP32": 3.4028234663
 _WORDS = {word: float(word) for word in ("NaN", "Infinity", "-Infinity", "Inf", "-Inf")}
 
 
-def _to_json(tensor: Tensor, non_finite: NonFinite) -> Array | list[Any]:
+def to_json(tensor: Tensor, non_finite: NonFinite) -> Array | list[Any]:
     """The elements as a flat list, or as a flat array that orjson writes as one."""
     if tensor.datatype is BYTES:
         return _texts(tensor)

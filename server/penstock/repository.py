@@ -1,14 +1,17 @@
-"""What lies on disk: a bare `.onnx` file, a folder of them, or a Triton tree; versions, fingerprints, label files."""
+"""What lies on disk: a bare model file, a folder of them, or a Triton tree; versions, fingerprints, label files."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.errors import Kind, ServingError
+from penstock.model_config.completion import BACKENDS
 
 RESERVED = ("warmup", "initial_state", "configs")  # directories of a model that are no versions
 DEFAULT_FILENAME = "model.onnx"
+HANDLERS = BACKENDS["handler"].filenames  # each makes the directory that it lies in a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,7 @@ class ModelSource:
 
     name: str
     directory: Path  # holds labels and configuration; for a bare file, the folder it lies in
-    versions: dict[int, Path]  # version → its directory, or the model file where there is no version directory
+    versions: dict[int, Path]  # version → its directory or model file; without version directories, the model's own
     config: Path | None  # the configuration file, if there is one
 
     def fingerprint(self) -> dict[str, int]:
@@ -48,11 +51,18 @@ def _sources(root: Path, config_name: str) -> Iterator[ModelSource]:
     if not root.exists():
         raise ServingError(Kind.NOT_FOUND, f"model repository '{root}' does not exist")
     if root.is_file():
-        if root.suffix != ".onnx":
-            raise ServingError(Kind.INVALID, f"'{root}' is no model: expected a file that ends in .onnx, or a folder")
-        yield _bare(root)
+        if root.name in HANDLERS:
+            yield dataclasses.replace(_tree_model(root.parent, config_name), versions={1: root})
+        elif root.suffix == ".onnx":
+            yield _bare(root)
+        else:
+            raise ServingError(
+                Kind.INVALID,
+                f"'{root}' is no model: expected a file that ends in .onnx or is called {' or '.join(HANDLERS)}, "
+                "or a folder",
+            )
         return
-    if _is_model(root) and not any(_is_model(path) for path in _subdirectories(root)):
+    if _has_handler(root) or (_is_model(root) and not any(_is_model(path) for path in _subdirectories(root))):
         yield _tree_model(root, config_name)
         return
     for path in sorted(root.iterdir()):
@@ -69,14 +79,22 @@ def _bare(path: Path) -> ModelSource:
 
 
 def _is_model(directory: Path) -> bool:
-    """Whether a directory is one model of a Triton tree: it has a configuration or a version."""
-    return (directory / "config.pbtxt").is_file() or any(
-        _version(path.name) is not None for path in _subdirectories(directory)
+    """Whether a directory is one model of a Triton tree: it has a configuration, a version or a handler file."""
+    return (
+        (directory / "config.pbtxt").is_file()
+        or _has_handler(directory)
+        or any(_version(path.name) is not None for path in _subdirectories(directory))
     )
+
+
+def _has_handler(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in HANDLERS)
 
 
 def _tree_model(directory: Path, config_name: str) -> ModelSource:
     versions = {number: path for path in _subdirectories(directory) if (number := _version(path.name)) is not None}
+    if not versions and _has_handler(directory):
+        versions = {1: directory}
     named = directory / "configs" / f"{config_name}.pbtxt"
     plain = directory / "config.pbtxt"
     config = named if config_name and named.is_file() else plain if plain.is_file() else None

@@ -22,19 +22,20 @@ def difficulty(signature: Signature) -> tuple[bool, int]:
     return any(spec.datatype is BYTES for spec in _inputs(signature)), elements(signature)
 
 
-def curl(signature: Signature, url: str) -> str:
-    """A request in JSON to the server at `url`."""
+def curl(signature: Signature, url: str, keyed: bool = False) -> str:
+    """A request in JSON to the server at `url`, with an API key from the shell's variable KEY where it is `keyed`."""
+    silent = 'curl -s -H "Authorization: Bearer $KEY"' if keyed else "curl -s"
     target = f"{url}/v2/models/{quote(signature.model, safe='')}/infer"
     if elements(signature) <= MOST_WRITTEN_OUT:
         body = json.dumps({"inputs": [_entry(spec) for spec in _inputs(signature)]}, separators=(",", ":"))
-        return f"curl -s {target} -d {shlex.quote(body)}"
+        return f"{silent} {target} -d {shlex.quote(body)}"
     entries = ", ".join(
         f"dict(name={spec.name!r}, shape={_shape(spec)}, datatype={spec.datatype.name!r}, "
         f"data=[{_value(spec)!r}] * {count(_shape(spec))})"
         for spec in _inputs(signature)
     )
     script = f"import json; print(json.dumps(dict(inputs=[{entries}])))"
-    return f"python3 -c {shlex.quote(script)} | curl -s {target} -d @-"
+    return f"python3 -c {shlex.quote(script)} | {silent} {target} -d @-"
 
 
 def infer(signature: Signature, options: Sequence[str] = ()) -> str:

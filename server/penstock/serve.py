@@ -10,24 +10,27 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import uvicorn
 import uvloop
 
 import penstock
-from penstock import logs, samples
+from penstock import auth, logs, samples
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import Door
 from penstock.grpc_api.grpcio_transport import GrpcioServer
 from penstock.http_api import HttpApp, MetricsApp, make_server
+from penstock.job_api import JobService, open_service
 from penstock.lifecycle import State
 from penstock.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 OK, FAILED = 0, 1
+JOBS_SHARE = 0.8  # of the time to stop: jobs that run longer go back to the queue while their senders can be told
 
 
 @dataclass(slots=True)
@@ -59,6 +62,9 @@ async def _serve(settings: Settings) -> int:
     if not settings.model_repository:
         raise ServingError(Kind.INVALID, "--model-repository must be specified")
     _check_addresses(settings)
+    keys = auth.Keys(Path(settings.api_keys)) if settings.api_keys else None
+    http_guard = auth.make_guard(auth.HTTP, keys, settings.http_restricted_api)
+    grpc_guard = auth.make_guard(auth.GRPC, keys, settings.grpc_restricted_protocol)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,7 +76,10 @@ async def _serve(settings: Settings) -> int:
 
     engine = Engine(settings)
     engine.mailbox()  # this loop's
-    app, door = HttpApp(engine, settings), Door(engine)  # before the models, for a setting may be wrong
+    # Before the models, for a setting may be wrong.
+    jobs = await open_service(engine, settings, keys.check if keys else None) if settings.allow_http else None
+    app = HttpApp(engine, settings, http_guard, jobs.app if jobs else None)
+    door = Door(engine, grpc_guard)
     loading = loop.run_in_executor(None, engine.lifecycle.start)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -84,6 +93,8 @@ async def _serve(settings: Settings) -> int:
         await asyncio.to_thread(engine.lifecycle.stop, 0.0)
         return FAILED
 
+    if jobs is not None:
+        await jobs.start()
     doors = Doors()
     serving: list[asyncio.Task[None]] = []
     if http_socket is not None:
@@ -91,18 +102,20 @@ async def _serve(settings: Settings) -> int:
         doors.http_port = http_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.http.serve(sockets=[http_socket])))
     if metrics_socket is not None:
-        doors.metrics = make_server(MetricsApp(engine), settings)
+        doors.metrics = make_server(MetricsApp(engine, keys), settings)
         doors.metrics_port = metrics_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.metrics.serve(sockets=[metrics_socket])))
     if settings.allow_grpc:
         doors.grpc = GrpcioServer(door, settings)
         doors.grpc_port = await doors.grpc.start(settings.address("grpc"))
     await _listening(doors, serving)
-    _announce(engine, settings, doors)
+    _announce(engine, settings, doors, jobs)
 
     await stopping
     started_s = time.monotonic()
-    finished = await _stop_doors(doors, serving, settings.exit_timeout_secs)
+    finished = await _stop_doors(doors, serving, jobs, settings.exit_timeout_secs)
+    if jobs is not None:
+        await jobs.close()
     left_s = max(0.0, settings.exit_timeout_secs - (time.monotonic() - started_s))
     drained = await asyncio.to_thread(engine.lifecycle.stop, left_s)
     if finished and drained:
@@ -127,14 +140,18 @@ async def _listening(doors: Doors, serving: Sequence["asyncio.Task[None]"]) -> N
         await asyncio.sleep(0.001)
 
 
-async def _stop_doors(doors: Doors, serving: list["asyncio.Task[None]"], timeout_s: float) -> bool:
-    """Take no new connections, answer what was asked. False when time ran out."""
+async def _stop_doors(
+    doors: Doors, serving: list["asyncio.Task[None]"], jobs: JobService | None, timeout_s: float
+) -> bool:
+    """Take no new connections, answer what was asked, let jobs end. False when time ran out."""
     for server in (doors.http, doors.metrics):
         if server is not None:
             server.should_exit = True
     stopping: list[asyncio.Task[None]] = list(serving)
     if doors.grpc is not None:
         stopping.append(asyncio.create_task(doors.grpc.stop(timeout_s)))
+    if jobs is not None:
+        stopping.append(asyncio.create_task(jobs.stop(timeout_s * JOBS_SHARE)))
     if not stopping:
         return True
     _, unfinished = await asyncio.wait(stopping, timeout=timeout_s)
@@ -184,7 +201,7 @@ def _bind(settings: Settings, door: str) -> socket.socket:
     return made
 
 
-def _announce(engine: Engine, settings: Settings, doors: Doors) -> None:
+def _announce(engine: Engine, settings: Settings, doors: Doors, jobs: JobService | None) -> None:
     """Say where the server listens, what it serves on which device, and how to try it."""
     addresses = {}
     for door, port, scheme in (
@@ -198,12 +215,12 @@ def _announce(engine: Engine, settings: Settings, doors: Doors) -> None:
     machine = settings.announce == "json"
     out = sys.stderr if machine else sys.stdout
     if settings.log_info:
-        _print_summary(engine, addresses, out)
+        _print_summary(engine, addresses, jobs.where if jobs else "", out)
     if machine:
         print(json.dumps(addresses), flush=True)
 
 
-def _print_summary(engine: Engine, addresses: dict[str, str], out: TextIO) -> None:
+def _print_summary(engine: Engine, addresses: dict[str, str], jobs: str, out: TextIO) -> None:
     rows = [("MODEL", "VERSION", "STATE", "DEVICE")]
     failures = engine.lifecycle.failures()
     for name, version, state, reason in engine.lifecycle.index():
@@ -222,8 +239,10 @@ def _print_summary(engine: Engine, addresses: dict[str, str], out: TextIO) -> No
     for door, address in addresses.items():
         path = "/metrics" if door == "metrics" else ""
         print(f"{door:8}{address}{path}", file=out)
+    if jobs:
+        print(f"{'jobs':8}{jobs}", file=out)
     models = engine.lifecycle.models()
     if models and "http" in addresses:
         signature = min((model.signature for model in models), key=samples.difficulty)
-        print(f"\nTry it:\n  {samples.curl(signature, addresses['http'])}\n", file=out)
+        print(f"\nTry it:\n  {samples.curl(signature, addresses['http'], bool(engine.settings.api_keys))}\n", file=out)
     out.flush()

@@ -16,6 +16,7 @@ from penstock.errors import Kind, ServingError
 
 PREFIX = "PENSTOCK_"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
+KEY_VARIABLE = f"{PREFIX}API_KEY"  # of the commands that ask a server: the key they show; no option of a server
 # Kubernetes gives these to every container beside a service that is called penstock; they are no options.
 SERVICE_LINK = re.compile(
     rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?)?)"
@@ -23,9 +24,12 @@ SERVICE_LINK = re.compile(
 
 
 def _option(
-    default: Any, help: str, group: str, *, metavar: str = "", aliases: Sequence[str] = (), switch: bool = False
-) -> Any:
-    metadata = {"help": help, "group": group, "metavar": metavar, "aliases": aliases, "switch": switch}
+    default: Any, help: str, group: str, *, metavar: str = "", aliases: Sequence[str] = (), switch: bool = False,
+    separator: str = os.pathsep,
+) -> Any:  # fmt: skip
+    metadata = {
+        "help": help, "group": group, "metavar": metavar, "aliases": aliases, "switch": switch, "separator": separator,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -115,6 +119,57 @@ class Settings:
     max_tensors: int = _option(1024, "limit on the input tensors of a request", "limits", metavar="N")
     max_rank: int = _option(32, "limit on the number of dimensions of a tensor", "limits", metavar="N")
 
+    api_keys: str = _option(
+        "", "ask every caller for an API key of this file, which `penstock keys` writes", "access", metavar="FILE"
+    )
+    http_restricted_api: tuple[str, ...] = _option(
+        (), "serve these categories of methods over HTTP only to requests with the header HEADER: VALUE", "access",
+        metavar="CATEGORY,...:HEADER=VALUE", separator=";",
+    )  # fmt: skip
+    grpc_restricted_protocol: tuple[str, ...] = _option(
+        (), "serve these categories of methods over gRPC only to calls with the metadata "
+        "triton-grpc-protocol-HEADER: VALUE", "access", metavar="CATEGORY,...:HEADER=VALUE", separator=";",
+    )  # fmt: skip
+
+    job_store: str = _option(
+        "", "where jobs are kept: sqlite:PATH, redis://HOST:PORT/DB or postgresql://HOST:PORT/NAME; none switches the "
+        "job API off; by default a SQLite file for these repositories and this port, under $XDG_STATE_HOME/penstock",
+        "jobs", metavar="URL",
+    )  # fmt: skip
+    job_max_run_size: int = _option(
+        10 << 20, "limit on the body of a job that is queued, and on its result", "jobs", metavar="BYTES"
+    )
+    job_max_runsync_size: int = _option(
+        20 << 20, "limit on the body of a job that its sender waits for, and on its result", "jobs", metavar="BYTES"
+    )
+    job_execution_timeout_secs: int = _option(600, "how long a job may run that does not say so", "jobs", metavar="S")
+    job_ttl_secs: int = _option(
+        86400, "how long a job lives that does not say so, waiting and running", "jobs", metavar="S"
+    )
+    job_retention_secs: int = _option(1800, "how long the result of a queued job is kept", "jobs", metavar="S")
+    job_sync_retention_secs: int = _option(
+        60, "how long the result of a job is kept that its sender waited for", "jobs", metavar="S"
+    )
+    job_policy_bounds: Literal["reject", "clamp"] = _option(
+        "reject", "what becomes of times in a job's policy that are out of bounds", "jobs"
+    )
+    job_queue_limit: int = _option(
+        0, "how many jobs of an endpoint may wait, before more are refused with 429; 0: any number", "jobs", metavar="N"
+    )
+    job_rate_limit: tuple[str, ...] = _option(
+        (), "how often each caller may use an operation of an endpoint, such as run=1000/10 (requests, seconds)",
+        "jobs", metavar="OPERATION=N/S",
+    )  # fmt: skip
+    job_echo_input: bool = _option(False, "show a job's input with its status, as RunPod once did", "jobs")
+    job_gpu: str = _option("", "show this as `gpu` with a job's status, as RunPod once did", "jobs", metavar="CLASS")
+    webhook_allow_private: bool = _option(
+        False, "post webhooks also to private, loopback and link-local addresses", "jobs"
+    )
+    webhook_secret: str = _option(
+        "", "sign webhooks with HMAC-SHA256 in the header X-Penstock-Signature; better given as the variable "
+        "PENSTOCK_WEBHOOK_SECRET", "jobs", metavar="TEXT",
+    )  # fmt: skip
+
     id: str = _option("penstock", "the server's name in its metadata", "server", metavar="NAME")
     log_verbose: int = _option(
         0, "1 logs what the server does in detail, 2 also what its libraries do", "server", metavar="LEVEL", switch=True
@@ -163,6 +218,7 @@ class Option:
     metavar: str
     aliases: tuple[str, ...]
     switch: bool  # a number that may also be switched on and off by itself, as in `--log-verbose`
+    separator: str  # between the values of a repeated option, where one variable holds them all
 
     @property
     def flag(self) -> str:
@@ -205,7 +261,7 @@ def _options() -> dict[str, Option]:
         meta = entry.metadata
         options[entry.name] = Option(
             entry.name, str if choices else item, repeated, choices, entry.default, meta["help"], meta["group"],
-            meta["metavar"], tuple(meta["aliases"]), meta["switch"],
+            meta["metavar"], tuple(meta["aliases"]), meta["switch"], meta["separator"],
         )  # fmt: skip
     return options
 
@@ -229,14 +285,16 @@ def from_sources(
     if file is not None:
         values.update(_from_toml(file))
     for variable, text in environment.items():
-        if variable.startswith(PREFIX) and variable != FILE_VARIABLE and not SERVICE_LINK.fullmatch(variable):
+        if variable in (FILE_VARIABLE, KEY_VARIABLE) or SERVICE_LINK.fullmatch(variable):
+            continue
+        if variable.startswith(PREFIX):
             name = variable.removeprefix(PREFIX).lower()
             option = OPTIONS.get(name)
             if option is None:
                 raise ServingError(
                     Kind.INVALID, f"unknown environment variable {variable}{nearest(name, PREFIX, upper=True)}"
                 )
-            parts = text.split(os.pathsep) if option.repeated else [text]
+            parts = text.split(option.separator) if option.repeated else [text]
             parsed = [option.parse(part, variable) for part in parts if part or not option.repeated]
             values[name] = tuple(parsed) if option.repeated else parsed[0]
     values.update(flags)
@@ -282,12 +340,13 @@ def _check(settings: Settings) -> None:
             raise ServingError(Kind.INVALID, f"--{door}-port expects a port from 0 to 65535, got {port}")
     for name in ("http_max_input_size", "http_max_body_size", "http_max_header_size", "http_header_timeout_secs",
                  "http_keep_alive_secs", "model_load_thread_count", "max_tensors", "max_rank",
-                 "grpc_max_message_size"):  # fmt: skip
+                 "grpc_max_message_size", "job_max_run_size", "job_max_runsync_size", "job_execution_timeout_secs",
+                 "job_ttl_secs", "job_retention_secs", "job_sync_retention_secs"):  # fmt: skip
         if getattr(settings, name) < 1:
             raise ServingError(
                 Kind.INVALID, f"{OPTIONS[name].flag} expects a positive number, got {getattr(settings, name)}"
             )
-    for name in ("exit_timeout_secs", "default_max_batch_size", "log_verbose"):
+    for name in ("exit_timeout_secs", "default_max_batch_size", "log_verbose", "job_queue_limit"):
         if getattr(settings, name) < 0:
             raise ServingError(
                 Kind.INVALID, f"{OPTIONS[name].flag} must not be negative, got {getattr(settings, name)}"

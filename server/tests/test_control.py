@@ -8,6 +8,7 @@ from typing import Any
 import penstock
 import pytest
 from penstock import pb
+from penstock.auth import Category
 from penstock.control import EXTENSIONS, METHODS, Fields, Method
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
@@ -50,6 +51,19 @@ def test_every_method_is_one_of_the_protocol_and_no_path_is_named_twice() -> Non
     assert len(ROWS) == len(METHODS)
     paths = [path for method in METHODS for path in method.http]
     assert len(set(paths)) == len(paths)
+
+
+def test_methods_are_in_tritons_categories_and_only_the_servers_own_health_needs_no_key() -> None:
+    assert {rpc: method.category for rpc, method in ROWS.items()}.items() >= {
+        "ServerLive": Category.HEALTH,
+        "ServerReady": Category.HEALTH,
+        "ModelReady": Category.HEALTH,
+        "ServerMetadata": Category.METADATA,
+        "ModelMetadata": Category.METADATA,
+        "ModelConfig": Category.MODEL_CONFIG,
+        "ModelStatistics": Category.STATISTICS,
+    }.items()
+    assert {rpc for rpc, method in ROWS.items() if method.keyless} == {"ServerLive", "ServerReady"}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=list(ROWS))

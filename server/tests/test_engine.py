@@ -4,7 +4,7 @@ import asyncio
 import functools
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -287,7 +287,7 @@ def test_a_stream_brings_every_answer_in_order() -> None:
     async def run() -> list[float]:
         instance = StreamingInstance(script=numbers(3 * STREAM_WINDOW))
         async with engine() as made, serving(model(instance)) as served:
-            return [values(answer)[0] async for answer in made.stream(served, request())]
+            return [values(answer.response)[0] async for answer in made.stream(served, request())]
 
     assert asyncio.run(run()) == list(range(3 * STREAM_WINDOW))
 
@@ -297,7 +297,7 @@ def test_a_stream_raises_the_error_that_ends_it() -> None:
         instance = StreamingInstance(script=numbers(2, ServingError(Kind.INTERNAL, "no more")))
         async with engine() as made, serving(model(instance)) as served:
             async for answer in made.stream(served, request()):
-                got += values(answer)
+                got += values(answer.response)
 
     got: list[float] = []
     with pytest.raises(ServingError, match="no more"):
@@ -309,7 +309,7 @@ def test_leaving_a_stream_cancels_its_request_and_lets_the_producer_go() -> None
     async def run() -> tuple[str, int]:
         instance = StreamingInstance(script=numbers(10**6))
         async with engine() as made, serving(model(instance)) as served:
-            stream = cast("AsyncGenerator[InferResponse, None]", made.stream(served, request()))
+            stream = made.stream(served, request())
             await anext(stream)
             await stream.aclose()
             [(_, _, cancelled)] = instance.started

@@ -18,6 +18,7 @@ import tritonclient.grpc.aio
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.message import Message
 from penstock import control, pb
+from penstock.auth import Category, Guard
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import METHODS, STATUS, Call, Door, Status, Stream, Unary
@@ -181,11 +182,11 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(*models: Model, **options: Any) -> AsyncIterator[Served]:
+async def serve(*models: Model, guard: Guard | None = None, **options: Any) -> AsyncIterator[Served]:
     settings = Settings(**options)
     engine = Engine(settings)
     engine.lifecycle = shelf = Shelf(settings, models)
-    server = GrpcioServer(Door(engine), settings)
+    server = GrpcioServer(Door(engine, guard), settings)
     port = await server.start(("127.0.0.1", 0))
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -268,7 +269,7 @@ def test_a_blocking_control_method_runs_beside_the_event_loop() -> None:
             raise ServingError(Kind.NOT_FOUND, "no such model")
         return {}
 
-    row = control_row(control.Method("RepositoryModelLoad", (), slow, blocking=True))
+    row = control_row(control.Method("RepositoryModelLoad", (), slow, Category.MODEL_REPOSITORY, blocking=True))
 
     async def test() -> None:
         loop = asyncio.get_running_loop()
@@ -295,7 +296,9 @@ def test_an_answer_that_cannot_be_encoded_is_internal_and_told_once() -> None:
         raise ValueError(answer)
 
     answers: list[bytes | ServingError] = []
-    row: Unary[bytes, str] = Unary("/p", bytes, encode, lambda door, message, call, reply: reply("no"))
+    row: Unary[bytes, str] = Unary(
+        "/p", bytes, encode, lambda door, message, call, reply: reply("no"), Category.METADATA
+    )
     row.answer(Door(Engine(Settings())), b"", Call(()), answers.append)
     [answer] = answers
     assert isinstance(answer, ServingError)
@@ -312,7 +315,8 @@ def test_a_stream_that_breaks_is_internal() -> None:
         yield b"1"
 
     async def test() -> None:
-        stream = Stream("/p", bytes, bytes, serve, drains=True).answers(Door(Engine(Settings())), bodies(), Call(()))
+        row = Stream("/p", bytes, bytes, serve, Category.METADATA, drains=True)
+        stream = row.answers(Door(Engine(Settings())), bodies(), Call(()))
         assert await anext(stream) == b"1"
         with pytest.raises(ServingError, match="/p failed: ValueError: no") as caught:
             await anext(stream)

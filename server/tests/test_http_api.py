@@ -16,6 +16,7 @@ import orjson
 import pytest
 import uvloop
 from penstock import pb
+from penstock.auth import Guard
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.http_api import Door, Exchange, Head, HttpApp, coding, make_server, serve_infer
@@ -148,11 +149,11 @@ class Got:
 class Client:
     """Calls an application as a server would, one request at a time."""
 
-    def __init__(self, *models: Model, **options: Any) -> None:
+    def __init__(self, *models: Model, guard: Guard | None = None, **options: Any) -> None:
         self.settings = Settings(**options)
         self.engine = Engine(self.settings)
         self.engine.lifecycle = self.shelf = Shelf(self.settings, models)
-        self.app = HttpApp(self.engine, self.settings)
+        self.app = HttpApp(self.engine, self.settings, guard)
 
     async def call(
         self,
@@ -258,7 +259,8 @@ def test_an_output_may_be_classified(client: Client) -> None:
 def test_every_kind_of_failure_has_a_status(kind: Kind) -> None:
     got = Client(model("m", Failing(ServingError(kind, "why")))).infer()
     assert got.error == (STATUS[kind], "why")
-    assert got.headers.get(b"retry-after") == (b"1" if kind in (Kind.UNAVAILABLE, Kind.TIMED_OUT) else None)
+    assert got.headers.get(b"retry-after") == (b"1" if got.status in (429, 503) else None)
+    assert got.headers.get(b"www-authenticate") == (b"Bearer" if kind is Kind.UNAUTHENTICATED else None)
 
 
 def test_the_statuses_are_those_of_the_protocol() -> None:

@@ -400,6 +400,20 @@ def test_a_streamed_request_ends_with_its_final_reply() -> None:
         assert (len(answers.given), answers.ended) == (3, 1)
 
 
+def test_a_streamed_request_is_counted_with_its_final_reply() -> None:
+    instance, ledger = StreamingInstance(), Ledger()
+    with crew(instance, ledger=ledger) as made:
+        submit(made, 1)
+        instance.wait_started(1)
+        sent, reply, _ = instance.started[0]
+        reply(instance.answer(sent), final=False)
+        assert ledger.times == []
+        reply(instance.answer(sent))
+        assert made.drain(LIMIT_S)
+    [times] = ledger.times
+    assert times.started_ns == times.inputs_ready_ns <= times.outputs_came_ns == times.ended_ns
+
+
 def test_a_start_that_raises_is_a_final_reply() -> None:
     def script(sent: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
         raise RuntimeError("cannot start")

@@ -216,6 +216,14 @@ def test_an_enum_number_without_a_name_stays_a_number() -> None:
             ["m.onnx"],
             ("onnxruntime", "onnxruntime_onnx", "m.onnx"),
         ),
+        ("", ["handler.py"], ("handler", "handler", "handler.py")),
+        ("", ["rp_handler.py", "model.bin"], ("handler", "handler", "rp_handler.py")),
+        ("", ["rp_handler.py", "handler.py"], ("handler", "handler", "handler.py")),
+        ('backend: "handler"', ["rp_handler.py"], ("handler", "handler", "rp_handler.py")),
+        ('backend: "handler"', ["src"], ("handler", "handler", "handler.py")),
+        ('backend: "handler" default_model_filename: "src/main.py"', [], ("handler", "handler", "src/main.py")),
+        ('default_model_filename: "rp_handler.py"', ["handler.py"], ("handler", "handler", "rp_handler.py")),
+        ("", ["model.onnx", "handler.py"], ("onnxruntime", "onnxruntime_onnx", "model.onnx")),
         ('backend: "custom"', ["model.onnx"], ("custom", "", "")),
         ('platform: "ensemble"', [], ("", "ensemble", "")),
         ('platform: "other"', ["model.onnx"], ("", "other", "")),
@@ -695,7 +703,6 @@ REFUSED = {
     "parameters[split_oversized]": 'parameters { key: "split_oversized" value { string_value: "True" } }',
     "model_warmup": "model_warmup { }",
     "model_operations": 'model_operations { op_library_filename: "x.so" }',
-    "model_transaction_policy.decoupled": "model_transaction_policy { decoupled: true }",
     "model_repository_agents": 'model_repository_agents { agents { name: "checksum" } }',
     "response_cache.enable": "response_cache { enable: true }",
     "model_metrics": "model_metrics { metric_control { } }",
@@ -732,6 +739,13 @@ def test_a_field_that_changes_speed_only_gives_a_warning(path: str) -> None:
         f"model 'm': config field '{path}' has no effect yet: until then requests run one by one, with the same answers"
     )
     assert len(warnings) == path.count(".") + 1 - path.startswith("optimization")
+
+
+def test_what_only_some_backends_can_do_is_refused_for_the_others() -> None:
+    text = 'name: "m" backend: "%s" model_transaction_policy { decoupled: true }'
+    assert refuse_unsupported(parsed(text % "handler")) == []
+    with pytest.raises(ServingError, match=r"field 'model_transaction_policy\.decoupled' is not supported: .* once$"):
+        refuse_unsupported(parsed(text % "onnxruntime"))
 
 
 def test_all_refusals_come_at_once_and_each_field_once() -> None:

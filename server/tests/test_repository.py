@@ -42,6 +42,26 @@ def test_a_folder_of_files_is_as_many_models(tmp_path: Path) -> None:
     assert found(tmp_path) == {"a": [1], "b": [1]}
 
 
+@pytest.mark.parametrize("name", ["handler.py", "rp_handler.py"])
+def test_a_handler_file_makes_its_directory_version_1_of_a_model(tmp_path: Path, name: str) -> None:
+    lay(tmp_path, f"m/{name}", "m/tests/handler.py", "m/readme.md", "plain.onnx")
+    source = only(tmp_path / "m")
+    assert (source.name, source.directory, source.versions) == ("m", tmp_path / "m", {1: tmp_path / "m"})
+    assert found(tmp_path) == {"m": [1], "plain": [1]}
+
+
+def test_a_handler_file_can_be_served_by_its_path(tmp_path: Path) -> None:
+    lay(tmp_path, "m/handler.py", "m/rp_handler.py", "m/config.pbtxt")
+    source = only(tmp_path / "m/rp_handler.py")
+    assert (source.name, source.directory, source.config) == ("m", tmp_path / "m", tmp_path / "m/config.pbtxt")
+    assert source.versions == {1: tmp_path / "m/rp_handler.py"}
+
+
+def test_handler_files_beside_version_directories_are_no_version(tmp_path: Path) -> None:
+    lay(tmp_path, "m/handler.py", "m/2/handler.py")
+    assert only(tmp_path / "m").versions == {2: tmp_path / "m/2"}
+
+
 def test_a_tree_has_a_model_in_each_directory_and_may_have_bare_files_beside(tmp_path: Path) -> None:
     lay(tmp_path, "m/1/model.onnx", "m/2/model.onnx", "m/config.pbtxt", "plain.onnx", "n/3/model.onnx")
     assert found(tmp_path) == {"m": [1, 2], "n": [3], "plain": [1]}

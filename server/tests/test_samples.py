@@ -42,6 +42,11 @@ def test_a_small_request_is_written_out() -> None:
     ]  # fmt: skip
 
 
+def test_a_keyed_request_takes_the_key_from_the_shell() -> None:
+    line = samples.curl(signature(("a", "FP32", (1,))), URL, keyed=True)
+    assert line.startswith(f'curl -s -H "Authorization: Bearer $KEY" {URL}/v2/models/')
+
+
 def first_part(line: str, divider: str, where: Path) -> tuple[str, str]:
     """What the part of a shell line before `divider` prints, and the part after it."""
     script, _, rest = line.partition(divider)

@@ -84,8 +84,11 @@ def test_a_variable_may_name_the_file(tmp_path: Path) -> None:
         ("PENSTOCK_MODEL_REPOSITORY", os.pathsep.join(["a", "b"]), "model_repository", ("a", "b")),
         ("PENSTOCK_MODEL_REPOSITORY", "", "model_repository", ()),
         ("PENSTOCK_HTTP_ADDRESS", "", "http_address", ""),
+        ("PENSTOCK_HTTP_RESTRICTED_API", "trace:a=b:c;logging:d=e", "http_restricted_api",
+         ("trace:a=b:c", "logging:d=e")),
+        ("PENSTOCK_GRPC_RESTRICTED_PROTOCOL", "trace:a=b", "grpc_restricted_protocol", ("trace:a=b",)),
     ],
-)
+)  # fmt: skip
 def test_variables_are_read_by_the_type_of_their_option(
     tmp_path: Path, variable: str, text: str, name: str, value: Any
 ) -> None:

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from penstock.client import access
 from penstock.errors import Kind, ServingError
 from penstock.settings import Settings
 
@@ -42,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--protocol", type=_list_of(_protocol), action="extend", metavar="P,...",
         help=f"of {', '.join(PROTOCOLS)} (default: one for each of the options above, else http-binary)",
     )  # fmt: skip
+    access.add_options(parser)
     load = parser.add_argument_group("load")
     load.add_argument(
         "--concurrency", type=_list_of(_count), action="extend", metavar="N,...",
@@ -94,6 +96,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     protocols = arguments.protocol or _reachable(arguments)
     if "local" in protocols and not arguments.local:
         raise ServingError(Kind.INVALID, "--protocol local needs --local PATH")
+    if set(protocols) == {"local"} and (option := access.given(arguments)):
+        raise ServingError(Kind.INVALID, f"{option} needs a server: with --local alone there is none")
     if arguments.data and (arguments.shape or arguments.rows != 1):
         raise ServingError(Kind.INVALID, "--data brings its own shapes: it excludes --rows and --shape")
     results: list[Result] = []
@@ -140,7 +144,7 @@ def _target(arguments: argparse.Namespace, settings: Settings, protocol: str, st
     if protocol == "grpc":
         from penstock.bench.over_grpc import GrpcTarget
 
-        return GrpcTarget(arguments.grpc or GRPC)
+        return GrpcTarget(arguments.grpc or GRPC, access.headers(arguments))
     if protocol == "local":
         from penstock import in_process
         from penstock.bench.local import LocalTarget
@@ -150,7 +154,7 @@ def _target(arguments: argparse.Namespace, settings: Settings, protocol: str, st
         return LocalTarget(engine, arguments.local)
     from penstock.bench.over_http import HttpTarget
 
-    return HttpTarget(arguments.url or HTTP, binary=protocol == "http-binary")
+    return HttpTarget(arguments.url or HTTP, protocol == "http-binary", access.headers(arguments))
 
 
 def _loads(arguments: argparse.Namespace) -> "list[Load]":

@@ -10,6 +10,7 @@ import httptools
 
 from penstock.bench import cpu, payload
 from penstock.bench.load import Done
+from penstock.client.access import Headers
 from penstock.client.over_http import HEADER_LENGTH, Http, encode
 from penstock.client.transport import Metadata
 from penstock.errors import Kind, ServingError
@@ -23,7 +24,7 @@ RECONNECT_WAIT_S = 0.05  # after a connection was refused, so that a server that
 class HttpTarget:
     """A server at a URL. Raises ServingError(INVALID) for one that is not http://HOST:PORT, with or without a path."""
 
-    def __init__(self, url: str, binary: bool) -> None:
+    def __init__(self, url: str, binary: bool, headers: Headers = ()) -> None:
         self.address = url if "://" in url else f"http://{url}"
         parts = urlsplit(self.address)
         try:
@@ -34,9 +35,10 @@ class HttpTarget:
             raise ServingError(Kind.INVALID, f"--url expects http://HOST:PORT, got '{url}'")
         self._netloc, self._prefix = parts.netloc, parts.path.rstrip("/")
         self._binary = binary
+        self._headers = headers
 
     def metadata(self, model: str, version: str) -> Metadata:
-        with closing(Http(self.address)) as client:
+        with closing(Http(self.address, self._headers)) as client:
             return client.metadata(model, version)
 
     async def connect(self, request: InferRequest, count: int) -> list["HttpCarrier"]:
@@ -68,6 +70,7 @@ class HttpTarget:
             f"Host: {self._netloc}",
             f"Content-Type: {kind}",
             f"Content-Length: {len(body)}",
+            *(f"{name}: {value}" for name, value in self._headers),
         )
         return "\r\n".join((*lines, "", "")).encode() + body
 

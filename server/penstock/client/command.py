@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from penstock.client import access
 from penstock.errors import Kind, ServingError
 from penstock.settings import Settings
 
@@ -38,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     target.add_argument("--grpc", help="a server, over gRPC", metavar="HOST:PORT")
     target.add_argument("--local", help="a model file, a model's directory or a repository; no server", metavar="PATH")
+    access.add_options(parser)
     # Not `version` and `id`: those are the program's and the server's.
     parser.add_argument("--version", dest="model_version", default="", help="of the model", metavar="N")
     parser.add_argument("--id", dest="request_id", default="", help="the request's id", metavar="ID")
@@ -74,16 +76,18 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 def _open(arguments: argparse.Namespace, settings: Settings) -> "Transport":
     # Each brings its libraries, of which the others need none.
     if arguments.local:
+        if option := access.given(arguments):
+            raise ServingError(Kind.INVALID, f"{option} needs a server: with --local there is none")
         from penstock.client.local import Local
 
         return Local(arguments.model, arguments.local, settings)
     if arguments.grpc:
         from penstock.client.over_grpc import Grpc
 
-        return Grpc(arguments.grpc)
+        return Grpc(arguments.grpc, access.headers(arguments))
     from penstock.client.over_http import Http
 
-    return Http(arguments.url)
+    return Http(arguments.url, access.headers(arguments))
 
 
 def _request(arguments: argparse.Namespace, metadata: "Metadata") -> "InferRequest":

@@ -5,6 +5,7 @@ from typing import Any
 import grpc
 
 from penstock import pb
+from penstock.client.access import Headers
 from penstock.client.transport import Metadata, datatype, from_elements, refusal, tensors, unpack
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
@@ -23,7 +24,8 @@ OF_THE_CLIENT = (
 class Grpc:
     """One channel to the server at `address`, HOST:PORT, without encryption."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, headers: Headers = ()) -> None:
+        self._metadata = metadata(headers)
         self._channel = grpc.insecure_channel(address, UNLIMITED)
 
     def metadata(self, model: str, version: str) -> Metadata:
@@ -46,10 +48,15 @@ class Grpc:
     def _call(self, method: str, message: Any, response: Any) -> Any:
         call = self._channel.unary_unary(f"/{SERVICE}/{method}", type(message).SerializeToString, response.FromString)
         try:
-            return call(message)
+            return call(message, metadata=self._metadata)
         except grpc.RpcError as error:
             status, details = error.code(), error.details() or "no reason was given"
             raise refusal(f"gRPC {status.name}", 400 if status in OF_THE_CLIENT else 500, details) from error
+
+
+def metadata(headers: Headers) -> Headers:
+    """Headers as gRPC has them: their names in lower case."""
+    return tuple((name.lower(), value) for name, value in headers)
 
 
 def encode(request: InferRequest) -> pb.ModelInferRequest:

@@ -1,22 +1,14 @@
 """The client over HTTP: tensors in binary both ways. Protocol: binary tensor data extension."""
 
-import http.client
 import itertools
-from http import HTTPStatus
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import orjson
 
-from penstock.client.transport import (
-    Metadata,
-    datatype,
-    from_elements,
-    member,
-    refusal,
-    tensors,
-    unpack,
-)
+from penstock.client.access import Headers
+from penstock.client.connection import Connection
+from penstock.client.transport import Metadata, datatype, from_elements, member, tensors, unpack
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse, RequestedOutput
 from penstock.tensor import Array, Tensor, pack
@@ -25,23 +17,13 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
 class Http:
-    """One connection to the server at `url`: http or https, with or without a path before /v2.
+    """The protocol over one connection. Raises ServingError(INVALID) for a URL that is none."""
 
-    Raises ServingError(INVALID) for a URL that is none.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._url = url if "://" in url else f"http://{url}"
-        parts = urlsplit(self._url)
-        schemes = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        try:
-            self._connection = schemes[parts.scheme](parts.hostname or "", parts.port)
-        except (KeyError, ValueError):
-            raise ServingError(Kind.INVALID, f"--url expects http://HOST:PORT, got '{url}'") from None
-        self._prefix = parts.path.rstrip("/")
+    def __init__(self, url: str, headers: Headers = ()) -> None:
+        self._connection = Connection(url, headers)
 
     def metadata(self, model: str, version: str) -> Metadata:
-        _, body = self._ask("GET", _path(model, version), {}, [])
+        _, body = self._connection.ask("GET", _path(model, version), {})
         document = _parse(body)
         return Metadata(
             *(
@@ -57,30 +39,16 @@ class Http:
         head, buffers = encode(request)
         headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
         path = f"{_path(request.model, request.version)}/infer"
-        length, body = self._ask("POST", path, headers, [head, *buffers])
-        return decode(body, length)
+        answered, body = self._connection.ask("POST", path, headers, [head, *buffers])
+        length = answered.get(HEADER_LENGTH)
+        if length is None:
+            return decode(body, None)
+        if not (length.isdecimal() and int(length) <= len(body)):
+            raise ServingError(Kind.INTERNAL, f"the server's answer has {len(body)} bytes, {HEADER_LENGTH} {length}")
+        return decode(body, int(length))
 
     def close(self) -> None:
         self._connection.close()
-
-    def _ask(
-        self, verb: str, path: str, headers: dict[str, str], body: list[bytes | memoryview]
-    ) -> tuple[int | None, bytes]:
-        """An answer of status 200, and the length of its JSON where binary data follows."""
-        if body:
-            headers |= {"Content-Length": str(sum(map(len, body)))}
-        try:
-            self._connection.request(verb, self._prefix + path, body or None, headers)
-            response = self._connection.getresponse()
-            answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise ServingError(Kind.UNAVAILABLE, f"cannot ask {self._url}: {error or type(error).__name__}") from error
-        if response.status != HTTPStatus.OK:
-            raise refusal(f"HTTP {response.status} {response.reason}", response.status, _reason(answer))
-        length = response.headers.get(HEADER_LENGTH)
-        if length is not None and not (length.isdecimal() and int(length) <= len(answer)):
-            raise ServingError(Kind.INTERNAL, f"the server's answer has {len(answer)} bytes, {HEADER_LENGTH} {length}")
-        return (None if length is None else int(length)), answer
 
 
 def encode(request: InferRequest) -> tuple[bytes, list[bytes | memoryview]]:
@@ -150,11 +118,3 @@ def _flat(nested: list[Any]) -> list[Any]:
     while any(isinstance(item, list) for item in nested):
         nested = list(itertools.chain.from_iterable(nested))
     return nested
-
-
-def _reason(answer: bytes) -> str:
-    """The text of a refusal: the protocol's `error`, or the body as it is where another program has answered."""
-    try:
-        return str(orjson.loads(answer)["error"])
-    except (ValueError, KeyError, TypeError):
-        return answer[:500].decode(errors="replace").strip() or "no reason was given"

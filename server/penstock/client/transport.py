@@ -79,7 +79,8 @@ def from_elements(name: str, of: Datatype, shape: Sequence[int], elements: Seque
 
 def refusal(status: str, code: int, message: str) -> ServingError:
     """What a server answered instead of a result; `code` is the status by its HTTP number."""
-    return ServingError(Kind.INVALID if code < 500 else Kind.INTERNAL, f"{status}: {message}")
+    kind = Kind.UNAVAILABLE if code == 503 else Kind.INVALID if code < 500 else Kind.INTERNAL
+    return ServingError(kind, f"{status}: {message}")
 
 
 def member(document: Mapping[str, Any], key: str, wanted: type) -> Any:

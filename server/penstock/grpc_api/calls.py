@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from penstock.auth import Category, Guard
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.forwarding import HeaderPattern
@@ -63,11 +64,17 @@ def details(error: ServingError) -> str:
 class Door:
     """What every call shares."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, guard: Guard | None = None) -> None:
         """Raises ServingError(INVALID) where the header forward pattern is no regular expression."""
         self.engine = engine
+        self.guard = guard
         self.limit_bytes = engine.settings.grpc_max_message_size
         self.forward = HeaderPattern(engine.settings.grpc_header_forward_pattern, "--grpc-header-forward-pattern")
+
+    def admit(self, category: Category, call: "Call", keyless: bool = False) -> None:
+        """Raises ServingError where the guard does not let the call pass."""
+        if self.guard is not None:
+            self.guard.check(category, call.find, keyless)
 
 
 @dataclass(slots=True)
@@ -76,6 +83,10 @@ class Call:
 
     metadata: Sequence[tuple[str, str | bytes]]  # keys in lower case
     deadline_ns: int = 0  # monotonic; 0 means: none
+
+    def find(self, key: str) -> str | bytes | None:
+        """The first value of a key."""
+        return next((value for name, value in self.metadata if name == key), None)
 
     def gone(self) -> ServingError:
         """Why nobody waits for the answer any more: the deadline has passed, or else the client has cancelled."""
@@ -102,6 +113,8 @@ class Unary(Generic[Request, Answer]):
     decode: Callable[[bytes], Request]
     encode: Callable[[Answer], bytes]
     serve: Callable[[Door, Request, Call, Callable[[Answer | ServingError], None]], Cancellable | None]
+    category: Category
+    keyless: bool = False  # whether callers without an API key may call it
 
     def answer(
         self, door: Door, body: bytes, call: Call, reply: Callable[[bytes | ServingError], None]
@@ -112,6 +125,7 @@ class Unary(Generic[Request, Answer]):
             reply(answer if isinstance(answer, ServingError) else self._encoded(answer, door.limit_bytes))
 
         try:
+            door.admit(self.category, call, self.keyless)
             return self.serve(door, _decoded(self.decode, body), call, finish)
         except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
             reply(failure(self.path, error))
@@ -135,11 +149,14 @@ class Stream(Generic[Request, Answer]):
     decode: Callable[[bytes], Request]
     encode: Callable[[Answer], bytes]
     serve: Callable[[Door, AsyncIterator[Request], Call], AsyncGenerator[Answer, None]]
+    category: Category
     drains: bool  # whether a server that stops waits for its calls; others end at once
+    keyless: bool = False  # as above
 
     async def answers(self, door: Door, bodies: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
         """Serve messages: bytes in, bytes out. Raises ServingError only."""
         try:
+            door.admit(self.category, call, self.keyless)
             async with aclosing(self.serve(door, self._messages(bodies), call)) as answers:
                 async for answer in answers:
                     yield _sized(self.encode(answer), door.limit_bytes)

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from penstock import control, pb
+from penstock.auth import Category
 from penstock.engine import OnLoop
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import health, reflection, tensors
@@ -65,7 +66,14 @@ def control_row(method: control.Method) -> Unary[Message, Message]:
         future = asyncio.get_running_loop().run_in_executor(None, functools.partial(run, door, message))
         return future.add_done_callback(lambda done: reply(_result(path, done)))
 
-    return Unary(path, GetMessageClass(rpc.input_type).FromString, response_class.SerializeToString, serve)
+    return Unary(
+        path,
+        GetMessageClass(rpc.input_type).FromString,
+        response_class.SerializeToString,
+        serve,
+        method.category,
+        method.keyless,
+    )
 
 
 def _result(path: str, done: "asyncio.Future[Message]") -> Message | ServingError:
@@ -106,12 +114,13 @@ def _single(value: Any) -> Any:
 
 
 ROWS: tuple[Row, ...] = (
-    Unary(f"/{SERVICE}/ModelInfer", pb.ModelInferRequest.FromString, tensors.encode, infer),
+    Unary(f"/{SERVICE}/ModelInfer", pb.ModelInferRequest.FromString, tensors.encode, infer, Category.INFERENCE),
     Stream(
         f"/{SERVICE}/ModelStreamInfer",
         pb.ModelInferRequest.FromString,
         pb.ModelStreamInferResponse.SerializeToString,
         stream_infer,
+        Category.INFERENCE,
         drains=True,
     ),
     *map(control_row, control.METHODS),

@@ -1,9 +1,13 @@
-"""Server reflection, v1 and v1alpha: the same messages under two package names."""
+"""Server reflection, v1 and v1alpha: the same messages under two package names.
+
+It tells what can be asked, as metadata does, and is guarded like it.
+"""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from penstock import pb
+from penstock.auth import Category
 from penstock.grpc_api.calls import Call, Door, Status, Stream
 
 
@@ -19,6 +23,7 @@ def row(package: str, wire: Any) -> Stream[Any, Any]:
         wire.ServerReflectionRequest.FromString,
         wire.ServerReflectionResponse.SerializeToString,
         serve,
+        Category.METADATA,
         drains=False,
     )
 

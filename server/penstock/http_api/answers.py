@@ -31,7 +31,12 @@ STATUS: dict[Kind, int] = {
     Kind.INTERNAL: 500,
 }
 
-RETRY_AFTER_S = b"1"
+# What an answer of some status says besides. Whatever is to be tried again may be so after a second.
+BESIDES: dict[int, tuple[bytes, bytes]] = {
+    401: (b"www-authenticate", b"Bearer"),  # RFC 9110, 11.6.1
+    429: (b"retry-after", b"1"),
+    503: (b"retry-after", b"1"),
+}
 
 
 def answer(status: int, body: Body, *headers: tuple[bytes, bytes], content_type: bytes = b"application/json") -> Answer:
@@ -55,7 +60,7 @@ def failure(error: Exception, id: str = "") -> Answer:
         logger.error("request %s failed", name, exc_info=error)
         return failed(500, f"[request id: {name}] internal error: {type(error).__name__}; the server's log says more")
     status = STATUS[error.kind]
-    return failed(status, error.message, *([(b"retry-after", RETRY_AFTER_S)] if status == 503 else []))
+    return failed(status, error.message, *([BESIDES[status]] if status in BESIDES else []))
 
 
 NOT_FOUND = failed(404, "Not Found")

@@ -8,26 +8,34 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import oip_json
+from penstock.auth import Category, Guard
 from penstock.control import METHODS, Method
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.http_api.answers import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, Body, Headers, dumped, failure
-from penstock.http_api.infer import Door, Exchange, Head, serve_infer
+from penstock.http_api.infer import Door, Exchange, serve_infer
 from penstock.settings import Settings
 
 # A disconnect is watched only from then on: a task per request costs more than most requests.
 WATCH_AFTER_S = 0.020
 
 
+# What the protocol and its extensions call things right below /v2, served here or not: no job endpoint is called so.
+WORDS = frozenset({"health", "models", "repository", "systemsharedmemory", "cudasharedmemory", "trace", "logging"})
+
+
 class HttpApp:
     """Serves one engine. Holds no state of a request."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        """Raises ServingError(INVALID) for a setting that cannot be met."""
-        self._door = Door(engine, settings)
+    def __init__(
+        self, engine: Engine, settings: Settings, guard: Guard | None = None, jobs: ASGIApp | None = None
+    ) -> None:
+        """`jobs` serves all below /v2 but WORDS. Raises ServingError(INVALID) for a setting that cannot be met."""
+        self._door = Door(engine, settings, guard)
+        self._jobs = jobs
         self._limit_bytes = settings.http_max_body_size
         paths: dict[str, dict[str, Method]] = {}
         for method in METHODS:
@@ -35,11 +43,11 @@ class HttpApp:
                 paths.setdefault(path, {})[verb] = method
         self._router = Router(
             [
-                Route(path.replace("{version}", "{version:version}"), _Endpoint(engine, settings, paths[path]))
+                Route(path.replace("{version}", "{version:version}"), _Endpoint(self._door, settings, paths[path]))
                 for path in sorted(paths, key=lambda path: path.count("{"))  # `/v2/models/stats` is no model
             ],
             redirect_slashes=False,
-            default=_not_found,
+            default=self._not_found,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,17 +56,20 @@ class HttpApp:
             return
         path: bytes = scope["raw_path"]
         target = _infer_target(path)
-        if target is None:
+        if target is None and self._jobs is not None and _is_job(path):
+            await self._jobs(scope, receive, send)
+        elif target is None:
             # Matched as it came and decoded afterwards, so that an encoded slash cannot end a segment.
             await self._router({**scope, "path": path.decode("latin-1"), "root_path": ""}, receive, send)
-        elif scope["method"] != "POST":
-            await _send(scope, send, *_early(scope, METHOD_NOT_ALLOWED))
         else:
             await self._infer(scope, receive, send, *target)
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send, model: str, version: str) -> None:
-        head = Head(model, version, dict(scope["headers"]))
         try:
+            head = self._door.head(model, version, dict(scope["headers"]))
+            if scope["method"] != "POST":
+                await _send(scope, send, *_early(scope, METHOD_NOT_ALLOWED))
+                return
             body = await _read(head.headers, receive, self._limit_bytes)
         except ServingError as error:
             await _send(scope, send, *_early(scope, failure(error)))
@@ -70,6 +81,18 @@ class HttpApp:
         if exchange is not None:
             await _wait(future, exchange, receive)
         await _send(scope, send, *future.result())
+
+    async def _not_found(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        refusal = _refusal(self._door, scope, None)
+        await _send(scope, send, *(refusal or _early(scope, NOT_FOUND)))
+
+
+def _is_job(path: bytes) -> bool:
+    """Whether a path below /v2 is the job API's. Clients may have doubled the slash before its first word."""
+    if not path.startswith(b"/v2/"):
+        return False
+    word = path[4:].lstrip(b"/").partition(b"/")[0]
+    return bool(word) and unquote_to_bytes(word).decode(errors="replace") not in WORDS
 
 
 def _infer_target(path: bytes) -> tuple[str, str] | None:
@@ -139,14 +162,19 @@ async def _watch(exchange: Exchange, receive: Receive) -> None:
 
 
 class _Endpoint:
-    """One path: the control methods that answer there, by verb. An ASGI callable."""
+    """One path: the control methods of one category that answer there, by verb. An ASGI callable."""
 
-    def __init__(self, engine: Engine, settings: Settings, methods: Mapping[str, Method]) -> None:
-        self._engine = engine
+    def __init__(self, door: Door, settings: Settings, methods: Mapping[str, Method]) -> None:
+        self._door = door
         self._settings = settings
         self._methods = methods
+        (self._category,) = {method.category for method in methods.values()}
+        self._keyless = all(method.keyless for method in methods.values())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if refusal := _refusal(self._door, scope, self._category, self._keyless):
+            await _send(scope, send, *refusal)
+            return
         verb = "GET" if scope["method"] == "HEAD" else scope["method"]
         method = self._methods.get(verb)
         if method is None:
@@ -175,16 +203,23 @@ class _Endpoint:
 
     async def _call(self, method: Method, fields: dict[str, Any]) -> Any:
         if method.blocking:
-            return await asyncio.to_thread(method.call, self._engine, fields)
-        return method.call(self._engine, fields)
+            return await asyncio.to_thread(method.call, self._door.engine, fields)
+        return method.call(self._door.engine, fields)
 
 
 def _answer(method: Method, value: Any) -> Answer:
     return dumped(*(method.http_shape(value) if method.http_shape else (200, value)))
 
 
-async def _not_found(scope: Scope, _receive: Receive, send: Send) -> None:
-    await _send(scope, send, *_early(scope, NOT_FOUND))
+def _refusal(door: Door, scope: Scope, category: Category | None, keyless: bool = False) -> Answer | None:
+    """What a caller is told who may not ask for this, before anything else; None for one who may."""
+    if door.guard is None:
+        return None
+    try:
+        door.admit(category, dict(scope["headers"]), keyless)
+    except ServingError as error:
+        return _early(scope, failure(error))
+    return None
 
 
 def _early(scope: Scope, answer: Answer) -> Answer:

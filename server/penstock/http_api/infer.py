@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock import oip_json
+from penstock.auth import Category, Guard
 from penstock.engine import Engine, OnLoop, Result
 from penstock.errors import Kind, ServingError
 from penstock.forwarding import HeaderPattern
@@ -23,22 +24,33 @@ _NUMBER = re.compile(rb"[ \t]*[+-]?[0-9]+")
 
 
 class Door:
-    """What every inference over HTTP shares. Read only."""
+    """What every request over HTTP shares. Read only."""
 
-    __slots__ = ("compression", "engine", "forward", "limits", "non_finite")
+    __slots__ = ("compression", "engine", "forward", "guard", "limits", "non_finite")
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, guard: Guard | None = None) -> None:
         """Raises ServingError(INVALID) where the header forward pattern is no regular expression."""
         self.engine = engine
+        self.guard = guard
         self.limits = oip_json.Limits(settings.http_max_input_size, settings.max_tensors, settings.max_rank)
         self.non_finite = settings.json_non_finite
         self.compression = settings.http_response_compression
         self.forward = HeaderPattern(settings.http_header_forward_pattern, "--http-header-forward-pattern")
 
+    def head(self, model: str, version: str, headers: Mapping[bytes, bytes]) -> "Head":
+        """The head of an inference. Raises ServingError where its sender may not infer: no body need be read then."""
+        self.admit(Category.INFERENCE, headers)
+        return Head(model, version, headers)
+
+    def admit(self, category: Category | None, headers: Mapping[bytes, bytes], keyless: bool = False) -> None:
+        """Raises ServingError where the guard does not let the request pass."""
+        if self.guard is not None:
+            self.guard.check(category, lambda name: headers.get(name.encode()), keyless)
+
 
 @dataclass(slots=True)
 class Head:
-    """What came before the body. The method has been checked: it is POST."""
+    """What came before the body, from `Door.head`. The method has been checked: it is POST."""
 
     model: str
     version: str  # "" where the path names none

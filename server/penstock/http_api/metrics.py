@@ -4,7 +4,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from penstock import metrics
+from penstock.auth import Keys
 from penstock.engine import Engine
+from penstock.errors import ServingError
+from penstock.http_api.answers import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer, failure
 
 Event: TypeAlias = MutableMapping[str, Any]
 
@@ -12,19 +15,26 @@ Event: TypeAlias = MutableMapping[str, Any]
 class MetricsApp:
     """An ASGI application: `GET /metrics`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, keys: Keys | None = None) -> None:
         self._engine = engine
+        self._keys = keys
 
     async def __call__(
         self, scope: Event, _receive: Callable[[], Awaitable[Event]], send: Callable[[Event], Awaitable[None]]
     ) -> None:
-        status, content_type = 200, "application/json"
-        if scope["path"].rstrip("/") != "/metrics":
-            status, body = 404, b'{"error":"Not Found"}'
-        elif scope["method"] not in ("GET", "HEAD"):
-            status, body = 405, b'{"error":"Method Not Allowed"}'
-        else:
-            content_type, body = metrics.CONTENT_TYPE, metrics.render(self._engine)
-        headers = [(b"content-type", content_type.encode()), (b"content-length", b"%d" % len(body))]
+        status, headers, body = self._answer(scope)
+        content = b"" if scope["method"] == "HEAD" else b"".join(body)
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+        await send({"type": "http.response.body", "body": content})
+
+    def _answer(self, scope: Event) -> Answer:
+        if self._keys is not None:
+            try:
+                self._keys.check(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"), "metrics")
+            except ServingError as error:
+                return failure(error)
+        if scope["path"].rstrip("/") != "/metrics":
+            return NOT_FOUND
+        if scope["method"] not in ("GET", "HEAD"):
+            return METHOD_NOT_ALLOWED
+        return answer(200, [metrics.render(self._engine)], content_type=metrics.CONTENT_TYPE.encode())

@@ -31,11 +31,17 @@ class Backend:
     """What the protocol says of a backend by its name."""
 
     platform: str
-    filename: str
+    filenames: tuple[str, ...]  # the one that is there is the model file; the first where none is
     instances_on_cpu: int  # of a group that does not say how many
 
+    def filename(self, files: Collection[str]) -> str:
+        return next((name for name in self.filenames if name in files), self.filenames[0])
 
-BACKENDS = {"onnxruntime": Backend("onnxruntime_onnx", "model.onnx", instances_on_cpu=2)}
+
+BACKENDS = {
+    "onnxruntime": Backend("onnxruntime_onnx", ("model.onnx",), instances_on_cpu=2),
+    "handler": Backend("handler", ("handler.py", "rp_handler.py"), instances_on_cpu=1),
+}
 
 
 def identify(config: pb.ModelConfig, directory: str, files: Collection[str], note: Note = unheard) -> pb.ModelConfig:
@@ -69,7 +75,7 @@ def identify(config: pb.ModelConfig, directory: str, files: Collection[str], not
             "configuration. Expected model name of the form 'model.<backend_name>'.",
         )
     if backend := BACKENDS.get(config.backend):
-        for field, value in (("platform", backend.platform), ("default_model_filename", backend.filename)):
+        for field, value in (("platform", backend.platform), ("default_model_filename", backend.filename(files))):
             if not getattr(config, field):
                 setattr(config, field, value)
                 note(field, value, f"it is that of backend {config.backend}")
@@ -80,10 +86,11 @@ def _belonging(config: pb.ModelConfig, backend: Backend, files: Collection[str])
     """Why a model is for `backend`; "" where nothing says that it is."""
     if config.platform == backend.platform:
         return f"the platform is {backend.platform}"
-    if config.default_model_filename == backend.filename:
-        return f"the model file is called {backend.filename}"
-    if not config.platform and not config.default_model_filename and backend.filename in files:
-        return f"there is a model file {backend.filename}"
+    if config.default_model_filename in backend.filenames:
+        return f"the model file is called {config.default_model_filename}"
+    filename = backend.filename(files)
+    if not config.platform and not config.default_model_filename and filename in files:
+        return f"there is a model file {filename}"
     return ""
 
 

@@ -25,6 +25,7 @@ class Field:
     note: str = ""
     only_slower: bool = False  # without it answers stay the same: a load warns instead of failing
     presence: bool = False  # of a message: it means something even when it is empty
+    refused_by: str = ""  # a backend that cannot honour it, though others can
 
 
 def _done(path: str, note: str = "") -> Field:
@@ -111,7 +112,12 @@ FIELDS: dict[str, Field] = {
         _planned("parameters[split_oversized]", "a request over `max_batch_size` is refused until then"),
         _planned("model_warmup"),
         _planned("model_operations"),
-        _planned("model_transaction_policy.decoupled"),
+        Field(
+            "model_transaction_policy.decoupled",
+            Support.DONE,
+            "of handler models, where it is completed for generators; ONNX models answer once",
+            refused_by="onnxruntime",
+        ),
         _refused("model_repository_agents", "agents are shared libraries of Triton"),
         _planned("response_cache.enable"),
         _planned("model_metrics"),
@@ -125,7 +131,7 @@ def refuse_unsupported(config: pb.ModelConfig) -> list[str]:
     Returns one warning for each field that is planned and without which answers are the same, only slower.
     Raises ServingError(UNSUPPORTED) that names every other field that is not honoured.
     """
-    found = list(dict.fromkeys(_unsupported(config, "")))
+    found = list(dict.fromkeys(_unsupported(config, "", config.backend)))
     refusals = [_refusal(field) for field in found if not field.only_slower]
     if refusals:
         raise ServingError(Kind.UNSUPPORTED, f"model '{config.name}': {'; '.join(refusals)}")
@@ -138,8 +144,8 @@ def _refusal(field: Field) -> str:
     return f"config field '{field.path}' is not supported{yet}{note}"
 
 
-def _unsupported(message: Message, prefix: str) -> Iterator[Field]:
-    """The rows, in declaration order, of fields that are set to something with an effect and not done."""
+def _unsupported(message: Message, prefix: str, backend: str) -> Iterator[Field]:
+    """The rows, in declaration order, of fields that are set to something with an effect and not done for `backend`."""
     present = {field.name: value for field, value in message.ListFields()}
     for field in message.DESCRIPTOR.fields:
         if field.name not in present:
@@ -147,13 +153,14 @@ def _unsupported(message: Message, prefix: str) -> Iterator[Field]:
         value = present[field.name]
         row = FIELDS.get(prefix + field.name)
         effective = not isinstance(value, Message) or value.ByteSize() > 0
-        if row and row.support is not Support.DONE and (effective or row.presence):
+        is_done = row is None or (row.support is Support.DONE and not (backend and row.refused_by == backend))
+        if row and not is_done and (effective or row.presence):
             yield row
         if field.name == "parameters" and not prefix:
             yield from (row for key, parameter in value.items() if (row := _parameter(key, parameter.string_value)))
         elif field.message_type and (row is None or row.only_slower):
             for item in value if field.is_repeated else [value]:
-                yield from _unsupported(item, f"{prefix}{field.name}.")
+                yield from _unsupported(item, f"{prefix}{field.name}.", backend)
 
 
 def _parameter(key: str, value: str) -> Field | None:

@@ -1,0 +1,1 @@
+"""Modules that handler files import by their path."""

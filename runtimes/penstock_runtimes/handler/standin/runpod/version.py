@@ -1,0 +1,3 @@
+"""The version that error reports carry."""
+
+__version__ = "0+penstock"
