@@ -21,7 +21,7 @@ def trial(request: pytest.FixtureRequest, tmp_path: Path) -> Trial:
 def test_kills_lose_nothing_and_nothing_ends_twice(trial: Trial) -> None:
     assert trial.run(kills=10) == []
     counts = trial.ledger.counts
-    assert counts["accepted"] > 100
+    assert counts["accepted"] > 50
     assert counts["run again after a kill"] > 0
     assert counts["webhooks due"] > 0
 

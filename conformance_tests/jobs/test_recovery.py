@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from conformance_tests.clause_table import clause
-from conformance_tests.jobs.client import Document, Endpoint, Receiver
+from conformance_tests.http_wire import HttpClient
+from conformance_tests.jobs.client import Document, Endpoint, Receiver, until
 from conformance_tests.server import HANDLERS, Running, StartServer
 
 pytestmark = [pytest.mark.over("http"), clause("jobs.recovery")]
@@ -16,6 +17,10 @@ MODELS = [HANDLERS / name for name in ("job_echo", "job_slow", "job_stream")]
 def start(process: StartServer, folder: Path, *options: str) -> Running:
     store = ["--job-store", f"sqlite:{folder / 'jobs.db'}"]
     return process(MODELS, *store, "--webhook-allow-private", *options)
+
+
+def journal(running: Running, id: str) -> bytes:
+    return HttpClient(running.http).get(f"/v2/endpoints/job_echo/logs?jobId={id}&format=text").body
 
 
 def counted(endpoint: Endpoint) -> Document:
@@ -76,8 +81,10 @@ def test_a_webhook_that_is_due_is_sent_by_the_next_server(process: StartServer, 
     statuses = iter([503])
     with Receiver(lambda post: next(statuses, 200)) as receiver:
         first = start(process, tmp_path)
-        job = Endpoint(first.http, "job_echo").runsync("x", webhook=f"{receiver.url}/due")
-        receiver.wait("/due")
+        echo = Endpoint(first.http, "job_echo")
+        job = echo.runsync("x", webhook=f"{receiver.url}/due")
+        until(lambda: b"webhook attempt 1 of 3" in journal(first, job["id"]), "the first attempt has failed")
+        echo.runsync("y")  # by then it is recorded; one that is not is due again when its lease is over
         first.process.kill()
         first.process.wait()
         start(process, tmp_path)

@@ -14,9 +14,22 @@ import numpy as np
 
 from penstock.errors import Kind, ServingError
 from penstock.model_config import Signature
-from penstock.tensor import BOOL, BYTES, DATATYPES, Array, Datatype, Tensor, count, objects, show, unpack_bytes
+from penstock.tensor import (
+    BOOL,
+    BYTES,
+    DATATYPES,
+    Array,
+    Datatype,
+    Tensor,
+    count,
+    count_bytes,
+    objects,
+    show,
+    unpack_bytes,
+)
 
 MAX_SIZE = 2**63 - 1
+MOST_COUNTED = 2**20  # elements too many that are counted to be told: a wrong request must not hold up others
 UNBATCHED_NOTE = (
     "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
@@ -279,8 +292,8 @@ def _element_fault(sent: _Sent, tensor: Given) -> str | None:
     if isinstance(tensor.data, np.ndarray):
         got, end, total = tensor.data.size, 0, 0
     else:
-        elements, end = unpack_bytes(tensor.data, len(tensor.data))
-        got, total = len(elements), len(tensor.data)
+        got, end = count_bytes(tensor.data, expected + MOST_COUNTED)
+        total = len(tensor.data)
     left = total - end
     if 0 < left < 4:
         return (

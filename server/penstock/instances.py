@@ -155,6 +155,7 @@ class Crew:
                 self._start(worker, batch)
             else:
                 self._run(worker.instance, batch)
+            del batch  # else its tensors would live until the next one comes
 
     def _next(self, worker: Worker) -> list[Pending]:
         """Wait for a batch; [] when the crew has closed. While it waits, the worker is idle or claimed."""

@@ -210,6 +210,12 @@ class Lifecycle:
         Raises ServingError(NOT_FOUND) where a repository does not exist.
         """
         sources = self._scan()
+        if not sources:
+            where = ", ".join(f"'{root}'" for root in self._roots)
+            logger.warning(
+                "NO MODEL IN %s: expected .onnx files, or a directory per model with version directories in it "
+                "(such as my_model/1/model.onnx)", where,
+            )  # fmt: skip
         names: Iterable[str] = sources
         if self._settings.model_control_mode == "explicit" and self._settings.load_model != ("*",):
             names = dict.fromkeys(self._settings.load_model)

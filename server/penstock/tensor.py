@@ -134,6 +134,18 @@ def unpack_bytes(data: memoryview | bytes, most: int) -> tuple[list[bytes], int]
     return elements, offset
 
 
+def count_bytes(data: memoryview | bytes, most: int) -> tuple[int, int]:
+    """As `unpack_bytes`, without the elements: how many there are, `most` at the most, and the offset reached."""
+    read = struct.Struct("<I").unpack_from
+    number, offset, end = 0, 0, len(data)
+    while number < most and offset + 4 <= end:
+        stop = offset + 4 + read(data, offset)[0]
+        if stop > end:
+            break
+        number, offset = number + 1, stop
+    return number, offset
+
+
 def objects(elements: Sequence[bytes], shape: Sequence[int]) -> Array:
     """An array of dtype object with `shape`, which must multiply to len(elements)."""
     array = np.empty(len(elements), dtype=object)

@@ -1,6 +1,7 @@
 """The HTTP door: in process where a call and its answer are the fact, over a real socket where the wire is."""
 
 import asyncio
+import gc
 import gzip
 import socket
 import struct
@@ -948,3 +949,34 @@ def test_an_answer_to_a_client_that_has_just_left_is_dropped(pipelined: int, cap
 
     asyncio.run(run())
     assert caplog.records == []
+
+
+def test_a_body_of_many_compressed_streams_is_refused() -> None:
+    body = zlib.compress(b"") * 33
+    with pytest.raises(ServingError, match="may consist of 32 streams in a row"):
+        coding.decompress(body, 1000)
+    assert coding.decompress(zlib.compress(b"a") * 32, 1000) == b"a" * 32
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_an_answered_exchange_is_forgotten_without_a_collection(inline: bool) -> None:
+    """Else body and outputs of every request would lie in memory until Python's cyclic collector comes round."""
+    gated = Gated()
+    gated.gate.set()
+    client = Client(model("m", Doubler() if inline else gated))
+    gc.collect()
+    gc.disable()
+    try:
+        before = exchanges()
+        for _ in range(3):
+            assert client.infer().status == 200
+        deadline_s = time.monotonic() + LIMIT_S
+        while exchanges() - before and time.monotonic() < deadline_s:
+            pass  # the worker's thread is about to let go of its last batch
+        assert not exchanges() - before
+    finally:
+        gc.enable()
+
+
+def exchanges() -> set[int]:
+    return {id(held) for held in gc.get_objects() if type(held) is Exchange}

@@ -14,6 +14,7 @@ from penstock.tensor import (
     FP32,
     Array,
     count,
+    count_bytes,
     join,
     objects,
     pack,
@@ -162,3 +163,19 @@ def test_what_does_not_add_up_cannot_be_split(array: Array) -> None:
     with pytest.raises(ServingError, match=r"cannot be split into batches of \[1, 1\] rows") as caught:
         split(array, [1, 1])
     assert caught.value.kind is Kind.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("data", "most", "found"),
+    [
+        (b"", 9, (0, 0)),
+        (pack_bytes([b"ab", b"", b"c"]), 9, (3, 15)),
+        (pack_bytes([b"ab", b"", b"c"]), 2, (2, 10)),
+        (pack_bytes([b"ab"]) + b"\x05\0\0\0xy", 9, (1, 6)),
+        (pack_bytes([b"ab"]) + b"\x05\0", 9, (1, 6)),
+    ],
+)
+def test_elements_are_counted_as_they_would_be_read(data: bytes, most: int, found: tuple[int, int]) -> None:
+    assert count_bytes(data, most) == found
+    elements, end = unpack_bytes(data, most)
+    assert (len(elements), end) == found

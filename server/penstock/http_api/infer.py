@@ -124,7 +124,8 @@ class Exchange:
         pending = door.engine.submit(
             model, request, OnLoop(door.engine.mailbox(), functools.partial(self.run, self._finish))
         )
-        self._pending = pending
+        if not self._answered:
+            self._pending = pending
 
     def _finish(self, result: Result) -> None:
         if isinstance(result, ServingError):
@@ -148,6 +149,7 @@ class Exchange:
     def _answer(self, answer: Answer) -> None:
         if not self._answered:
             self._answered = True
+            self._pending = None  # it leads back here through its reply: body and outputs would wait for a collection
             self._reply(*answer)
 
 
