@@ -10,7 +10,7 @@ TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
-.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-clients conformance-mlserver torture fuzz kills bench wheel clean
+.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-clients conformance-mlserver torture fuzz kills bench wheel clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{split($$1, name, ":"); printf "  make %-13s %s\n", name[1], $$2}'
@@ -34,7 +34,7 @@ setup-check: $(VENV)/.checking
 serve: setup ## the server on model_repository/; ARGS="--http-port 9000" adds options
 	$(BIN)/penstock serve --model-repository model_repository $(ARGS)
 
-check: lint test conformance ## what a change must pass
+check: lint test conformance conformance-native ## what a change must pass
 
 lint: setup-check ## style, import floors, types, and that generated files are current
 	$(BIN)/ruff check .
@@ -51,6 +51,9 @@ test: setup-check ## unit tests of both source roots
 conformance: setup-check ## protocol tests against a fresh server, or URL=http://... GRPC=host:port of a running one
 	$(BIN)/pytest conformance_tests $(TARGET)
 
+conformance-native: setup-check ## what concerns gRPC, again with the server's own HTTP/2
+	$(BIN)/pytest conformance_tests -k grpc --serve=--grpc-transport=native
+
 conformance-clients: setup-check ## foreign clients in environments of their own; ONLY=kserve for one; URL= and GRPC= as above
 	$(BIN)/python -m conformance_tests.clients.run $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(addprefix --only ,$(ONLY))
 
@@ -65,6 +68,7 @@ kills: setup-check ## the server killed so many times while jobs come, run, stre
 
 FUZZ_CASES ?= 120000
 fuzz: setup-check ## so many broken requests over JSON, binary framing, protobuf and raw bytes; SEED=, URL=, GRPC=
+	$(BIN)/python -m conformance_tests.fuzz_http2
 	$(BIN)/python -m conformance_tests.fuzz --cases $(FUZZ_CASES) $(if $(SEED),--seed $(SEED)) $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC))
 
 bench: setup-check ## the standard load, into BENCHMARKS.md; PERF_ANALYZER=path adds NVIDIA's client, ARGS=--no-record only looks

@@ -29,11 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance")
     group.addoption("--url", help="test the server that answers HTTP here, such as http://localhost:8000")
     group.addoption("--grpc", help="where that server answers gRPC, such as localhost:8001")
+    group.addoption("--serve", action="append", default=[], metavar="OPTION", help="start the server with this option")
     group.addoption("--metrics", help="where that server tells its metrics, such as http://localhost:8002")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*models): the models that the test calls")
+    if config.getoption("--url") and config.getoption("--serve"):
+        raise pytest.UsageError("--serve is for a server started here, and --url names one that runs")
     if (config.getoption("--grpc") or config.getoption("--metrics")) and not config.getoption("--url"):
         raise pytest.UsageError("--grpc and --metrics need --url")
 
@@ -50,7 +53,8 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     request.config.stash[LOG] = log
     with contextlib.ExitStack() as server:
         try:
-            running = server.enter_context(penstock([SAMPLES, fixtures], log, "--exit-on-error", "false"))
+            options = request.config.getoption("--serve")
+            running = server.enter_context(penstock([SAMPLES, fixtures], log, "--exit-on-error", "false", *options))
         except RuntimeError as error:
             pytest.exit(str(error), 1)  # once, and not once for each test
         yield Target(running.http, running.grpc, running.metrics, running)
@@ -64,7 +68,8 @@ def process(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartSer
     with contextlib.ExitStack() as servers:
 
         def start(repositories: Sequence[Path], *options: str) -> Running:
-            return servers.enter_context(penstock(repositories, tmp_path / "server.log", *options))
+            chosen = request.config.getoption("--serve")
+            return servers.enter_context(penstock(repositories, tmp_path / "server.log", *chosen, *options))
 
         yield start
 
@@ -77,7 +82,7 @@ def broken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     models = tmp_path_factory.mktemp("broken")
     make_broken_fixtures(models)
     log = tmp_path_factory.mktemp("log") / "broken.log"
-    with penstock([SAMPLES, models], log, "--exit-on-error", "false") as running:
+    with penstock([SAMPLES, models], log, "--exit-on-error", "false", *request.config.getoption("--serve")) as running:
         yield running
 
 

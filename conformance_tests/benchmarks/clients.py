@@ -1,19 +1,24 @@
-"""What makes a measurement: Penstock's load generator, perf_analyzer, and ONNX Runtime without any server."""
+"""What makes a measurement: load generators, ours and others', plain bytes, and no server at all."""
 
+import asyncio
 import csv
 import json
+import socket
 import statistics
 import subprocess
 import tempfile
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import grpc
 import numpy as np
 import onnxruntime
 from penstock.bench import cpu
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from conformance_tests.server import PENSTOCK
 
@@ -27,7 +32,7 @@ BATCH = 500  # runs between two looks at the clock
 class Server:
     """A server that runs on this machine in a process of its own."""
 
-    http: str
+    http: str  # "" for one that does not speak it
     grpc: str
     pid: int
 
@@ -117,6 +122,78 @@ class PerfAnalyzer:
         )
 
 
+class ChangingCalls:
+    """grpcio's asyncio client; each call has another deadline and another `x-request-id`, as calls of services have."""
+
+    name = "grpcio client"
+
+    def measure(self, server: Server, load: Load, duration_s: float) -> Figures:
+        message: Any = service_pb2.ModelInferRequest(model_name=load.model)
+        for name in ("INPUT0", "INPUT1"):
+            message.inputs.add(name=name, datatype="INT32", shape=[1, 16])
+            message.raw_input_contents.append(bytes(64))
+        return asyncio.run(self._measure(server, message.SerializeToString(), load.concurrency, duration_s))
+
+    async def _measure(self, server: Server, body: bytes, concurrency: int, duration_s: float) -> Figures:
+        times_us: list[float] = []
+        async with grpc.aio.insecure_channel(server.grpc) as channel:
+            infer: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+            async def calls(end_s: float) -> None:
+                while (now_s := time.monotonic()) < end_s:
+                    number = len(times_us)
+                    metadata = (("x-request-id", f"{now_s:.9f}-{number}"),)
+                    await infer(body, timeout=5 + number % 1000 / 7, metadata=metadata)
+                    times_us.append((time.monotonic() - now_s) * 1e6)
+
+            async def load(seconds: float) -> None:
+                end_s = time.monotonic() + seconds
+                await asyncio.gather(*(calls(end_s) for _ in range(concurrency)))
+
+            await load(WARMUP_S)
+            times_us.clear()
+            began_s, used_ns = time.monotonic(), cpu.used_ns([server.pid]) or 0
+            await load(duration_s)
+            used_ns = (cpu.used_ns([server.pid]) or 0) - used_ns
+        return _figures(times_us, used_ns, time.monotonic() - began_s)
+
+
+def plain_bytes(server: Server, size: int, concurrency: int, duration_s: float) -> Figures:
+    """So many bytes to a server that sends as many back, on connections of their own."""
+    host, _, port = server.grpc.rpartition(":")
+    body, times_us = bytes(size), list[float]()
+
+    def exchange(client: socket.socket) -> None:
+        client.sendall(body)
+        left = size
+        while left:
+            part = len(client.recv(min(left, 1 << 20)))
+            if not part:
+                raise RuntimeError("the server has closed the connection")
+            left -= part
+
+    def load(end_s: float) -> None:
+        with socket.create_connection((host, int(port)), LIMIT_S) as client:
+            while (now_s := time.monotonic()) < end_s:
+                exchange(client)
+                times_us.append((time.monotonic() - now_s) * 1e6)
+
+    with ThreadPoolExecutor(concurrency) as threads:
+        began_s, used_ns = time.monotonic(), cpu.used_ns([server.pid]) or 0
+        list(threads.map(load, [began_s + duration_s] * concurrency))
+        used_ns = (cpu.used_ns([server.pid]) or 0) - used_ns
+    return _figures(times_us, used_ns, time.monotonic() - began_s)
+
+
+def _figures(times_us: list[float], used_ns: int, took_s: float) -> Figures:
+    return Figures(
+        used_ns / len(times_us) / 1e3,
+        len(times_us) / took_s,
+        statistics.median(times_us),
+        float(np.percentile(times_us, 99)),
+    )
+
+
 def session_run(model: Path, duration_s: float) -> Figures:
     """`session.run` on one row, in this process and on one thread: what the runtime itself takes."""
     options = onnxruntime.SessionOptions()
@@ -143,6 +220,11 @@ def session_run(model: Path, duration_s: float) -> Figures:
 
 def _answered(server: Server, model: str) -> int:
     """How many requests for a model the server has answered well, as it says itself."""
+    if not server.http:
+        with grpc.insecure_channel(server.grpc) as channel:
+            stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            asked: Any = service_pb2.ModelStatisticsRequest(name=model)
+            return sum(one.inference_stats.success.count for one in stub.ModelStatistics(asked).model_stats)
     with urllib.request.urlopen(f"{server.http}/v2/models/{model}/stats", timeout=LIMIT_S) as answer:
         return sum(entry["inference_stats"]["success"]["count"] for entry in json.load(answer)["model_stats"])
 

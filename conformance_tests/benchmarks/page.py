@@ -44,7 +44,7 @@ def _cells(row: Mapping[str, Any], record: Record) -> tuple[str, ...]:
         row["name"],
         "-" if row["client"] == "none" else row["client"],
         f"{row['cpu_us']:.1f}",
-        _ratio(row, record, "constant", row["concurrency"]),
+        _ratio(row, record, _constant(row), row["concurrency"]),
         _ratio(row, record, "none", 1),
         f"{row['requests_per_s']:.0f}",
         f"{row['p50_us']:.0f}",
@@ -55,12 +55,20 @@ def _cells(row: Mapping[str, Any], record: Record) -> tuple[str, ...]:
 
 def _ratio(row: Mapping[str, Any], record: Record, server: str, concurrency: int) -> str:
     """CPU time over that of the reference with the same model, client and number of requests at a time."""
-    wanted = (server, row["model"], concurrency)
+    wanted = (server, row["model"], concurrency, "" if server == "none" else row["shape"])
     for reference in record["rows"]:
-        found = (reference["server"], reference["model"], reference["concurrency"])
+        shape = "" if server == "none" else reference["shape"]
+        found = (reference["server"], reference["model"], reference["concurrency"], shape)
         if found == wanted and reference["client"] in (row["client"], "none"):
             return f"{row['cpu_us'] / reference['cpu_us']:.2f}"
     return "-"
+
+
+def _constant(row: Mapping[str, Any]) -> str:
+    """The server that answers with constant bytes to the row's protocol; of long tensors, the one that only copies."""
+    if row["model"] != "simple":
+        return {"INPUT0:1,150528": "bytes 602112"}.get(row["shape"], "bytes 4194304")
+    return "grpcio constant" if row["protocol"] == "grpc" else "constant"
 
 
 def last_record(directory: Path, kind: str) -> Record | None:

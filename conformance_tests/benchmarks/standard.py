@@ -1,8 +1,8 @@
 """`make bench`: the standard load, written into BENCHMARKS.md and into a record beside this file.
 
 Every row is measured once per round and its median counts, so that whatever else the machine does falls on all rows
-alike. Among them are references: what ONNX Runtime takes by itself, and what a constant answer costs on the same
-uvicorn.
+alike. Among them are references: what ONNX Runtime takes by itself, what a constant answer costs on the same uvicorn
+and on grpcio, and what it costs to read and write as many bytes. `native` is Penstock with `--grpc-transport native`.
 """
 
 import argparse
@@ -24,12 +24,14 @@ from typing import Any
 
 from conformance_tests.benchmarks import page
 from conformance_tests.benchmarks.clients import (
+    ChangingCalls,
     Client,
     Figures,
     Load,
     PenstockBench,
     PerfAnalyzer,
     Server,
+    plain_bytes,
     session_run,
 )
 from conformance_tests.models.fixtures import make_fixtures
@@ -44,12 +46,15 @@ PERF_ANALYZER = "PERF_ANALYZER"  # the environment variable that names its binar
 VERSIONS = ("penstock", "onnxruntime", "onnxruntime-gpu", "numpy", "uvicorn", "uvloop", "grpcio", "protobuf")
 
 OURS = PenstockBench.name
+CHANGING = ChangingCalls.name
 PICTURE = "INPUT0:1,150528"  # 3 · 224 · 224 FP32: 602112 bytes each way
+LARGE = "INPUT0:1,1048576"  # 4 MiB each way
+BYTES = {"bytes 602112": 602112, "bytes 4194304": 4194304}  # servers that read and write so many
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One load. `server` is ours, the constant answer, or none at all: `session.run` in process."""
+    """One load. `server` is ours in one of two forms, a reference, or none at all: `session.run` in process."""
 
     load: Load
     server: str = "penstock"
@@ -57,8 +62,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        what = {"penstock": self.load.model, "constant": "constant answer", "none": "session.run"}[self.server]
-        return f"{what}, {self.load.protocol}, {self.load.concurrency}"
+        what = {
+            "penstock": self.load.model, "native": f"{self.load.model} (native)", "constant": "constant answer",
+            "grpcio constant": "constant answer on grpcio", "none": "session.run", **dict.fromkeys(BYTES, "bytes"),
+        }[self.server]  # fmt: skip
+        size = {"": "", PICTURE: ", 602 KB", LARGE: ", 4 MB"}[self.load.shape]
+        changing = ", changing metadata" if self.client == CHANGING else ""
+        return f"{what}, {self.load.protocol}, {self.load.concurrency}{size}{changing}"
 
 
 SESSION_RUN = Row(Load("simple", "in process", 1), server="none", client="none")
@@ -66,11 +76,31 @@ ROWS: tuple[Row, ...] = (
     SESSION_RUN,
     *(Row(Load("simple", "http-binary", count), server="constant") for count in (1, 16)),
     *(Row(Load("simple", protocol, count)) for protocol in ("http-binary", "http-json", "grpc") for count in (1, 16)),
-    *(Row(Load("identity_fp32", protocol, 4, PICTURE)) for protocol in ("http-binary", "grpc")),
+    *(Row(Load("simple", "grpc", count), server="native") for count in (1, 16)),
+    *(
+        Row(Load("simple", "grpc", count), server=server, client=CHANGING)
+        for count in (1, 16)
+        for server in ("grpcio constant", "native")
+    ),
+    *(
+        row
+        for server, shape in zip(BYTES, (PICTURE, LARGE), strict=True)
+        for row in (
+            Row(Load("identity_fp32", "bytes", 4, shape), server=server, client="none"),
+            Row(Load("identity_fp32", "http-binary", 4, shape)),
+            Row(Load("identity_fp32", "grpc", 4, shape)),
+            Row(Load("identity_fp32", "grpc", 4, shape), server="native"),
+        )
+    ),
     *(
         Row(Load("simple", protocol, count), client=PerfAnalyzer.name)
         for protocol in ("http-binary", "grpc")
         for count in (1, 16)
+    ),
+    *(
+        Row(Load("simple", "grpc", count), server=server, client=PerfAnalyzer.name)
+        for count in (1, 16)
+        for server in ("grpcio constant", "native")
     ),
 )
 
@@ -79,12 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make bench", description="Measure the standard load.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="how often (default: %(default)s)")
     parser.add_argument("--no-record", action="store_true", help="print the figures and write nothing")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows that have this in their name; records nothing")
     options = parser.parse_args(arguments)
 
-    clients: dict[str, Client] = {OURS: PenstockBench()}
+    clients: dict[str, Client] = {OURS: PenstockBench(), CHANGING: ChangingCalls()}
     if binary := os.environ.get(PERF_ANALYZER):
         clients[PerfAnalyzer.name] = PerfAnalyzer(binary)
-    rows = [row for row in ROWS if row.client in clients or row is SESSION_RUN]
+    rows = [row for row in ROWS if (row.client in clients or row.client == "none") and options.only in row.name]
     with tempfile.TemporaryDirectory() as scratch, _servers(Path(scratch)) as servers:
         kind = _kind(servers["penstock"])
         record = {"date": date.today().isoformat(), "kind": kind, "machine": _machine(), "rounds": options.rounds}
@@ -93,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     last = page.last_record(RECORDS, kind)
     print(page.table(record, last))
-    if not options.no_record:
+    if not (options.no_record or options.only):
         path = RECORDS / f"{kind}-{record['date']}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         page.write(ROOT / "BENCHMARKS.md", record)
@@ -110,6 +141,8 @@ def _measure(
                 print(f"\r\033[Kround {number + 1} of {rounds}: {row.name}, {row.client}", end="", file=sys.stderr)
             if row is SESSION_RUN:
                 figures = session_run(SAMPLES / "simple" / "1" / "model.onnx", DURATION_S)
+            elif row.server in BYTES:
+                figures = plain_bytes(servers[row.server], BYTES[row.server], row.load.concurrency, DURATION_S)
             else:
                 figures = clients[row.client].measure(servers[row.server], row.load, DURATION_S)
             measured[row].append(figures)
@@ -136,25 +169,30 @@ def _summary(row: Row, rounds: Sequence[Figures]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _servers(scratch: Path) -> Iterator[dict[str, Server]]:
-    """Both servers, each in a process of its own on free ports."""
+    """All servers, each in a process of its own on free ports."""
     fixtures = scratch / "fixtures"
     fixtures.mkdir()
     make_fixtures(fixtures)
     models = {row.load.model for row in ROWS}
     chosen = ["--model-control-mode", "explicit", *(f"--load-model={model}" for model in sorted(models))]
-    with (
-        penstock([SAMPLES, fixtures], scratch / "server.log", *chosen) as ours,
-        subprocess.Popen([sys.executable, "-m", "penstock.bench.reference"], stdout=subprocess.PIPE) as constant,
-    ):
-        assert constant.stdout is not None
-        url = json.loads(constant.stdout.readline())["http"]
-        try:
-            yield {
-                "penstock": Server(ours.http, ours.grpc, ours.process.pid),
-                "constant": Server(url, "", constant.pid),
-            }
-        finally:
-            constant.terminate()
+    references = {
+        "constant": ("penstock.bench.reference",),
+        "grpcio constant": ("conformance_tests.benchmarks.references", "grpc"),
+        **{name: ("conformance_tests.benchmarks.references", "bytes", str(size)) for name, size in BYTES.items()},
+    }
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name, more in (("penstock", ()), ("native", ("--grpc-transport", "native"))):
+            ours = stack.enter_context(penstock([SAMPLES, fixtures], scratch / f"{name}.log", *chosen, *more))
+            servers[name] = Server(ours.http, ours.grpc, ours.process.pid)
+        for name, module in references.items():
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-m", *module], stdout=subprocess.PIPE))
+            stack.callback(process.terminate)
+            assert process.stdout is not None
+            line = process.stdout.readline().decode().strip()
+            http, grpc = (json.loads(line)["http"], "") if name == "constant" else ("", line)
+            servers[name] = Server(http, grpc, process.pid)
+        yield servers
 
 
 def _kind(server: Server) -> str:

@@ -1,6 +1,7 @@
 """One worker thread per instance: take a batch, execute, reply; or execute on the thread that brought the request."""
 
 import logging
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
@@ -48,6 +49,7 @@ class Crew:
     def __init__(
         self, name: str, scheduler: Scheduler, instances: Sequence[Instance], finish: Finish, withdrawn: Withdrawn
     ) -> None:
+        self._name = name
         self._scheduler = scheduler
         self._finish = finish  # counts and replies for a batch that ran
         self._withdrawn = withdrawn  # counts and replies for a request that will not run
@@ -181,14 +183,19 @@ class Crew:
 
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
         elapsed_ns = 0
+        before = _usage() if self._slow_runs else None
         try:
             elapsed_ns = self._run(worker.instance, [pending])
         finally:
             with self._lock:
                 worker.inline = False
-                self._slow_runs = self._slow_runs + 1 if elapsed_ns > INLINE_ENDS_NS else 0
+                if elapsed_ns <= INLINE_ENDS_NS:
+                    self._slow_runs = 0
+                elif before is None or _was_slow(before, _usage()):
+                    self._slow_runs += 1
                 if self._slow_runs == INLINE_SLOW_RUNS:
                     self._inline_bytes = -1
+                    logger.info("model %s runs too long for the threads that bring its requests", self._name)
                 if self._closed or len(self._scheduler):
                     worker.wake.notify()  # its own thread ends, or takes what has come meanwhile
                 else:
@@ -253,6 +260,17 @@ class Crew:
             self._unfinished -= number
             if not self._unfinished:
                 self._done.notify_all()
+
+
+def _usage() -> resource.struct_rusage:
+    """Of this thread."""
+    return resource.getrusage(resource.RUSAGE_THREAD)
+
+
+def _was_slow(before: resource.struct_rusage, after: resource.struct_rusage) -> bool:
+    """Whether a long run was the model's doing: it computed long, or nothing else took its thread's core away."""
+    computed_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return computed_s * 1e9 > INLINE_ENDS_NS or after.ru_nivcsw == before.ru_nivcsw
 
 
 class _FinalReply:

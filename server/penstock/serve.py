@@ -11,17 +11,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 import uvicorn
 import uvloop
 
 import penstock
-from penstock import auth, logs, samples
+from penstock import allocator, auth, logs, samples
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import Door
 from penstock.grpc_api.grpcio_transport import GrpcioServer
+from penstock.grpc_api.http2 import NativeServer
 from penstock.http_api import HttpApp, MetricsApp, make_server
 from penstock.job_api import JobService, open_service
 from penstock.lifecycle import State
@@ -33,6 +34,14 @@ OK, FAILED = 0, 1
 JOBS_SHARE = 0.8  # of the time to stop: jobs that run longer go back to the queue while their senders can be told
 
 
+class GrpcServer(Protocol):
+    """A transport of gRPC."""
+
+    async def start(self, address: tuple[str, int]) -> int: ...
+
+    async def stop(self, grace_s: float) -> None: ...
+
+
 @dataclass(slots=True)
 class Doors:
     """What listens, and where."""
@@ -41,13 +50,15 @@ class Doors:
     http_port: int = 0
     metrics: uvicorn.Server | None = None
     metrics_port: int = 0
-    grpc: GrpcioServer | None = None
+    grpc: GrpcServer | None = None
     grpc_port: int = 0
 
 
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; the process's exit status. Raises ServingError where serving cannot start."""
     logs.set_up(settings)
+    if settings.malloc_threshold:
+        allocator.keep_blocks(settings.malloc_threshold)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         status = runner.run(_serve(settings))
         if status != OK:
@@ -72,7 +83,7 @@ async def _serve(settings: Settings) -> int:
     http_socket = _bind(settings, "http") if settings.allow_http else None
     metrics_socket = _bind(settings, "metrics") if settings.allow_metrics else None
     if settings.allow_grpc:
-        _bind(settings, "grpc").close()  # grpcio binds for itself, once the models are loaded: fail before that
+        _bind(settings, "grpc").close()  # it binds for itself, once the models are loaded: fail before that
 
     engine = Engine(settings)
     engine.mailbox()  # this loop's
@@ -106,7 +117,7 @@ async def _serve(settings: Settings) -> int:
         doors.metrics_port = metrics_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.metrics.serve(sockets=[metrics_socket])))
     if settings.allow_grpc:
-        doors.grpc = GrpcioServer(door, settings)
+        doors.grpc = (NativeServer if settings.grpc_transport == "native" else GrpcioServer)(door, settings)
         doors.grpc_port = await doors.grpc.start(settings.address("grpc"))
     await _listening(doors, serving)
     _announce(engine, settings, doors, jobs)

@@ -19,6 +19,10 @@ def _done(*names: str) -> list[Flag]:
     return [Flag(name, name) for name in names]
 
 
+def _native(*names: str) -> list[Flag]:
+    return [Flag(name, name, "with `--grpc-transport native`; grpcio's defaults are the same") for name in names]
+
+
 def _planned(note: str, *names: str) -> list[Flag]:
     return [Flag(name, None, note, planned=True) for name in names]
 
@@ -45,10 +49,10 @@ FLAGS: dict[str, Flag] = {
                   "model-load-gpu-limit"),
         *_planned("comes with TLS for gRPC; until then put a proxy in front", "grpc-use-ssl", "grpc-use-ssl-mutual",
                   "grpc-server-cert", "grpc-server-key", "grpc-root-cert"),
-        *_planned("comes with our own HTTP/2 transport; until then grpcio's defaults hold", "grpc-keepalive-time",
-                  "grpc-keepalive-timeout", "grpc-keepalive-permit-without-calls", "grpc-http2-max-pings-without-data",
-                  "grpc-http2-min-recv-ping-interval-without-data", "grpc-http2-max-ping-strikes",
-                  "grpc-max-connection-age", "grpc-max-connection-age-grace", "grpc-infer-response-compression-level"),
+        *_native("grpc-keepalive-time", "grpc-keepalive-timeout", "grpc-keepalive-permit-without-calls",
+                 "grpc-http2-max-pings-without-data", "grpc-http2-min-recv-ping-interval-without-data",
+                 "grpc-http2-max-ping-strikes", "grpc-max-connection-age", "grpc-max-connection-age-grace"),
+        *_planned("answers are sent as they are; requests may be compressed", "grpc-infer-response-compression-level"),
         *_planned("comes with the metrics extension", "allow-gpu-metrics", "allow-cpu-metrics", "metrics-interval-ms",
                   "metrics-config"),
         *_planned("comes with the trace extension", "trace-config", "trace-file", "trace-level", "trace-rate",

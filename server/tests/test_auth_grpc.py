@@ -10,7 +10,9 @@ from penstock import pb
 from penstock.auth import GRPC, Guard, Keys, make_guard
 from penstock.auth.key_file import edit, make
 
-from .test_grpc_methods import HEALTH, REFLECTION, Doubler, Served, model, refusal, request, run, same, serve
+from .test_grpc_methods import HEALTH, REFLECTION, Doubler, Serve, Served, model, refusal, request, run, same, serve
+
+__all__ = ["serve"]  # a fixture: each transport in turn
 
 MISSING = "an API key is required, in the header 'Authorization: Bearer KEY'"
 SERVING = HEALTH.HealthCheckResponse.SERVING
@@ -53,7 +55,7 @@ def reflect(served: Served, metadata: list[tuple[str, str]] | None = None) -> An
     return served.channel.stream_stream(REFLECT, same, same)(iter([question]), metadata=metadata).read()
 
 
-def test_without_a_key_every_call_says_the_same(path: Path) -> None:
+def test_without_a_key_every_call_says_the_same(path: Path, serve: Serve) -> None:
     add(path, "ci", "infer")
 
     async def test() -> None:
@@ -72,7 +74,7 @@ def test_without_a_key_every_call_says_the_same(path: Path) -> None:
     run(test)
 
 
-def test_the_servers_own_health_needs_no_key(path: Path) -> None:
+def test_the_servers_own_health_needs_no_key(path: Path, serve: Serve) -> None:
     add(path, "ci", "infer")
 
     async def test() -> None:
@@ -90,7 +92,7 @@ def test_the_servers_own_health_needs_no_key(path: Path) -> None:
     run(test)
 
 
-def test_a_key_for_inference_opens_inference_and_what_is_served(path: Path) -> None:
+def test_a_key_for_inference_opens_inference_and_what_is_served(path: Path, serve: Serve) -> None:
     metadata = add(path, "ci", "infer")
 
     async def test() -> None:
@@ -106,7 +108,7 @@ def test_a_key_for_inference_opens_inference_and_what_is_served(path: Path) -> N
     run(test)
 
 
-def test_a_key_for_something_else_is_denied_and_one_beyond_its_rate_exhausted(path: Path) -> None:
+def test_a_key_for_something_else_is_denied_and_one_beyond_its_rate_exhausted(path: Path, serve: Serve) -> None:
     other, slow = add(path, "scraper", "metrics"), add(path, "slow", "infer", rate=1)
 
     async def test() -> None:
@@ -125,7 +127,7 @@ def test_a_key_for_something_else_is_denied_and_one_beyond_its_rate_exhausted(pa
     run(test)
 
 
-def test_a_restricted_group_asks_for_its_header_and_the_others_do_not() -> None:
+def test_a_restricted_group_asks_for_its_header_and_the_others_do_not(serve: Serve) -> None:
     guard = make_guard(GRPC, None, ["inference,health:Team=red"])
     closed = (
         grpc.StatusCode.UNAVAILABLE,

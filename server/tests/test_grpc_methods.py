@@ -1,14 +1,15 @@
-"""The table of methods, through a real client and grpcio's server on a free loopback port."""
+"""The table of methods, through a real client, on either transport on a free loopback port."""
 
 import asyncio
+import functools
 import logging
 import struct
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 import numpy as np
@@ -22,7 +23,9 @@ from penstock.auth import Category, Guard
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import METHODS, STATUS, Call, Door, Status, Stream, Unary
+from penstock.grpc_api.bodies import Encoded
 from penstock.grpc_api.grpcio_transport import CODES, STOPPING, GrpcioServer
+from penstock.grpc_api.http2 import NativeServer
 from penstock.grpc_api.methods import SERVICE, control_row, fields
 from penstock.lifecycle import Lifecycle
 from penstock.messages import InferRequest, InferResponse
@@ -156,10 +159,13 @@ def same(body: bytes) -> bytes:
     return body
 
 
+Transport: TypeAlias = type[GrpcioServer] | type[NativeServer]
+
+
 class Served:
     """A server on a loopback port, and a channel to it."""
 
-    def __init__(self, shelf: Shelf, server: GrpcioServer, port: int, channel: grpc.aio.Channel) -> None:
+    def __init__(self, shelf: Shelf, server: GrpcioServer | NativeServer, port: int, channel: grpc.aio.Channel) -> None:
         self.shelf = shelf
         self.server = server
         self.url = f"127.0.0.1:{port}"
@@ -181,12 +187,25 @@ class Served:
         return self.channel.unary_stream("/grpc.health.v1.Health/Watch", same, same)(request.SerializeToString())
 
 
+class Serve(Protocol):
+    """Starts a server of some models with some options."""
+
+    def __call__(self, *models: Model, **options: Any) -> AbstractAsyncContextManager[Served]: ...
+
+
+@pytest.fixture(params=[GrpcioServer, NativeServer])
+def serve(request: pytest.FixtureRequest) -> Serve:
+    return functools.partial(serve_on, request.param)
+
+
 @asynccontextmanager
-async def serve(*models: Model, guard: Guard | None = None, **options: Any) -> AsyncIterator[Served]:
+async def serve_on(
+    transport: Transport, *models: Model, guard: Guard | None = None, **options: Any
+) -> AsyncIterator[Served]:
     settings = Settings(**options)
     engine = Engine(settings)
     engine.lifecycle = shelf = Shelf(settings, models)
-    server = GrpcioServer(Door(engine, guard), settings)
+    server = transport(Door(engine, guard), settings)
     port = await server.start(("127.0.0.1", 0))
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -275,7 +294,7 @@ def test_a_blocking_control_method_runs_beside_the_event_loop() -> None:
         loop = asyncio.get_running_loop()
         door = Door(Engine(Settings()))
         for name in ("good", "bad"):
-            future: asyncio.Future[bytes | ServingError] = loop.create_future()
+            future: asyncio.Future[Encoded | ServingError] = loop.create_future()
             body = pb.RepositoryModelLoadRequest(model_name=name).SerializeToString()
             row.answer(door, body, Call(()), future.set_result)
             assert not future.done()
@@ -295,7 +314,7 @@ def test_an_answer_that_cannot_be_encoded_is_internal_and_told_once() -> None:
     def encode(answer: str) -> bytes:
         raise ValueError(answer)
 
-    answers: list[bytes | ServingError] = []
+    answers: list[Encoded | ServingError] = []
     row: Unary[bytes, str] = Unary(
         "/p", bytes, encode, lambda door, message, call, reply: reply("no"), Category.METADATA
     )
@@ -306,7 +325,7 @@ def test_an_answer_that_cannot_be_encoded_is_internal_and_told_once() -> None:
 
 
 def test_a_stream_that_breaks_is_internal() -> None:
-    async def serve(door: Door, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
+    async def broken(door: Door, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
         async for message in messages:
             yield message
             raise ValueError("no")
@@ -315,7 +334,7 @@ def test_a_stream_that_breaks_is_internal() -> None:
         yield b"1"
 
     async def test() -> None:
-        row = Stream("/p", bytes, bytes, serve, Category.METADATA, drains=True)
+        row = Stream("/p", bytes, bytes, broken, Category.METADATA, drains=True)
         stream = row.answers(Door(Engine(Settings())), bodies(), Call(()))
         assert await anext(stream) == b"1"
         with pytest.raises(ServingError, match="/p failed: ValueError: no") as caught:
@@ -328,7 +347,7 @@ def test_a_stream_that_breaks_is_internal() -> None:
 # -- inference
 
 
-def test_an_inference_comes_back() -> None:
+def test_an_inference_comes_back(serve: Serve) -> None:
     async def test() -> None:
         async with serve(model("m", Doubler())) as served:
             answer = await served.infer(request("m", 1, 2, 3, id="7"))
@@ -341,7 +360,7 @@ def test_an_inference_comes_back() -> None:
     run(test)
 
 
-def test_an_inference_on_a_worker_s_thread_comes_back() -> None:
+def test_an_inference_on_a_worker_s_thread_comes_back(serve: Serve) -> None:
     async def test() -> None:
         gated = Gated()
         async with serve(model("m", gated)) as served:
@@ -379,7 +398,7 @@ def test_an_inference_on_a_worker_s_thread_comes_back() -> None:
     ],
 )
 def test_a_refused_inference_has_the_protocol_s_status_and_text(
-    message: pb.ModelInferRequest, status: str, text: str
+    serve: Serve, message: pb.ModelInferRequest, status: str, text: str
 ) -> None:
     async def test() -> None:
         async with serve(model("m", Doubler()), model("d", Doubler(), decoupled=True)) as served:
@@ -389,7 +408,7 @@ def test_a_refused_inference_has_the_protocol_s_status_and_text(
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_a_model_s_error_keeps_its_kind_and_text(kind: Kind) -> None:
+def test_a_model_s_error_keeps_its_kind_and_text(serve: Serve, kind: Kind) -> None:
     async def test() -> None:
         async with serve(model("m", Failing(ServingError(kind, "no, déjà vu")))) as served:
             status = grpc.StatusCode[STATUS[kind].name]
@@ -398,7 +417,9 @@ def test_a_model_s_error_keeps_its_kind_and_text(kind: Kind) -> None:
     run(test)
 
 
-def test_an_unexpected_exception_is_internal_and_its_traceback_stays_here(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_exception_is_internal_and_its_traceback_stays_here(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     async def test() -> None:
         async with serve(model("m", Doubler())) as served:
             served.shelf.fault = ZeroDivisionError("oh")
@@ -413,7 +434,7 @@ def test_an_unexpected_exception_is_internal_and_its_traceback_stays_here(caplog
     assert record.exc_info[0] is ZeroDivisionError
 
 
-def test_a_text_too_long_for_a_trailer_is_cut_and_keeps_its_status() -> None:
+def test_a_text_too_long_for_a_trailer_is_cut_and_keeps_its_status(serve: Serve) -> None:
     async def test() -> None:
         async with serve(model("m", Failing(ServingError(Kind.INVALID, "é" * 9000)))) as served:
             code, text = await refusal(served.unary("ModelInfer", request("m", 1)))
@@ -422,7 +443,7 @@ def test_a_text_too_long_for_a_trailer_is_cut_and_keeps_its_status() -> None:
     run(test)
 
 
-def test_bytes_that_are_no_message_are_the_client_s_mistake() -> None:
+def test_bytes_that_are_no_message_are_the_client_s_mistake(serve: Serve) -> None:
     async def test() -> None:
         async with serve() as served:
             for path in (f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ServerLive", "/grpc.health.v1.Health/Check"):
@@ -436,7 +457,7 @@ def test_bytes_that_are_no_message_are_the_client_s_mistake() -> None:
     run(test)
 
 
-def test_messages_over_the_limit_are_refused_either_way() -> None:
+def test_messages_over_the_limit_are_refused_either_way(serve: Serve) -> None:
     async def test() -> None:
         async with serve(model("m", Long()), grpc_max_message_size=2000) as served:
             code, _ = await refusal(served.unary("ModelInfer", request("m", *range(600))))
@@ -449,7 +470,7 @@ def test_messages_over_the_limit_are_refused_either_way() -> None:
 
 
 @pytest.mark.parametrize("path", [f"/{SERVICE}/Nope", "/inference.Nope/ModelInfer"])
-def test_an_unknown_method_is_unimplemented(path: str) -> None:
+def test_an_unknown_method_is_unimplemented(serve: Serve, path: str) -> None:
     async def test() -> None:
         async with serve() as served:
             code, _ = await refusal(served.unary(path, pb.ServerLiveRequest()))
@@ -458,7 +479,7 @@ def test_an_unknown_method_is_unimplemented(path: str) -> None:
     run(test)
 
 
-def test_streaming_inference_says_that_it_is_not_supported() -> None:
+def test_streaming_inference_says_that_it_is_not_supported(serve: Serve) -> None:
     async def test() -> None:
         async with serve() as served:
             stream = served.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", same, same)(iter([b""]))
@@ -473,7 +494,7 @@ def test_streaming_inference_says_that_it_is_not_supported() -> None:
 # -- clients that go away
 
 
-def test_a_cancelled_call_is_dropped_before_it_runs() -> None:
+def test_a_cancelled_call_is_dropped_before_it_runs(serve: Serve) -> None:
     async def test() -> None:
         gated = Gated()
         held = model("m", gated)
@@ -493,7 +514,7 @@ def test_a_cancelled_call_is_dropped_before_it_runs() -> None:
     run(test)
 
 
-def test_a_deadline_ends_the_wait_and_reaches_the_model() -> None:
+def test_a_deadline_ends_the_wait_and_reaches_the_model(serve: Serve) -> None:
     async def test() -> None:
         gated = Gated()
         held = model("m", gated)
@@ -520,7 +541,7 @@ async def until(holds: Callable[[], bool]) -> None:
 # -- metadata
 
 
-def test_matching_metadata_become_parameters() -> None:
+def test_matching_metadata_become_parameters(serve: Serve) -> None:
     async def test() -> None:
         doubler = Doubler()
         metadata = (("x-user", "ann"), ("my-x-tag", "1"), ("other", "2"), ("x-raw-bin", b"\xe9"))
@@ -534,7 +555,7 @@ def test_matching_metadata_become_parameters() -> None:
 
 
 @pytest.mark.parametrize("key", ["timeout", "sequence_id", "triton_x"])
-def test_a_reserved_name_cannot_be_forwarded(key: str) -> None:
+def test_a_reserved_name_cannot_be_forwarded(serve: Serve, key: str) -> None:
     async def test() -> None:
         async with serve(model("m", Doubler()), grpc_header_forward_pattern="^(timeout|sequence|triton)") as served:
             assert await refusal(served.unary("ModelInfer", request("m", 1), metadata=((key, "1"),))) == (
@@ -561,7 +582,7 @@ def test_a_pattern_that_is_none_is_refused_at_the_start() -> None:
 # -- control methods and health
 
 
-def test_control_methods_answer_in_their_messages() -> None:
+def test_control_methods_answer_in_their_messages(serve: Serve) -> None:
     async def test() -> None:
         async with serve(model("m", Doubler())) as served:
             assert pb.ServerLiveResponse.FromString(await served.unary("ServerLive", pb.ServerLiveRequest())).live
@@ -587,7 +608,7 @@ def test_control_methods_answer_in_their_messages() -> None:
     run(test)
 
 
-def test_health_knows_the_server_its_service_and_its_models() -> None:
+def test_health_knows_the_server_its_service_and_its_models(serve: Serve) -> None:
     async def test() -> None:
         async with serve(model("m", Doubler())) as served:
             served.shelf.known.add("failed")
@@ -602,7 +623,7 @@ def test_health_knows_the_server_its_service_and_its_models() -> None:
     run(test)
 
 
-def test_a_watch_tells_the_status_at_once_and_each_change_once() -> None:
+def test_a_watch_tells_the_status_at_once_and_each_change_once(serve: Serve) -> None:
     async def test() -> None:
         async with serve(model("m", Doubler())) as served:
             server, late = served.watch(""), served.watch("late")
@@ -631,7 +652,7 @@ async def status(stream: "grpc.aio.UnaryStreamCall[bytes, bytes]") -> int:
 
 
 @pytest.mark.parametrize("package", ["grpc.reflection.v1", "grpc.reflection.v1alpha"])
-def test_reflection_describes_services_files_and_symbols(package: str) -> None:
+def test_reflection_describes_services_files_and_symbols(serve: Serve, package: str) -> None:
     questions = [
         REFLECTION.ServerReflectionRequest(list_services="*", host="h"),
         REFLECTION.ServerReflectionRequest(file_by_filename="grpc_service.proto"),
@@ -670,11 +691,11 @@ def test_reflection_describes_services_files_and_symbols(package: str) -> None:
 # -- the transport
 
 
-def test_a_port_in_use_is_refused_in_so_many_words() -> None:
+def test_a_port_in_use_is_refused_in_so_many_words(serve: Serve) -> None:
     async def test() -> None:
         async with serve() as served:
             port = int(served.url.rpartition(":")[2])
-            second = GrpcioServer(Door(Engine(Settings())), Settings())
+            second = type(served.server)(Door(Engine(Settings())), Settings())
             with pytest.raises(ServingError, match=f"cannot listen for gRPC on 127.0.0.1:{port}") as caught:
                 await second.start(("127.0.0.1", port))
             assert caught.value.kind is Kind.UNAVAILABLE
@@ -683,7 +704,7 @@ def test_a_port_in_use_is_refused_in_so_many_words() -> None:
     run(test)
 
 
-def test_a_stop_waits_for_inferences_and_not_for_watches() -> None:
+def test_a_stop_waits_for_inferences_and_not_for_watches(serve: Serve) -> None:
     async def test() -> None:
         gated = Gated()
         async with serve(model("m", gated)) as served:
@@ -701,7 +722,7 @@ def test_a_stop_waits_for_inferences_and_not_for_watches() -> None:
     run(test)
 
 
-def test_a_path_that_is_no_utf_8_ends_no_more_than_its_call() -> None:
+def test_a_path_that_is_no_utf_8_ends_no_more_than_its_call(serve: Serve) -> None:
     def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
@@ -725,7 +746,7 @@ def test_a_path_that_is_no_utf_8_ends_no_more_than_its_call() -> None:
     run(test)
 
 
-def test_the_public_client_s_four_flavours_work() -> None:
+def test_the_public_client_s_four_flavours_work(serve: Serve) -> None:
     values = np.arange(4, dtype=np.int32)
 
     def given(module: Any) -> list[Any]:

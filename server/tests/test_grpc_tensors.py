@@ -8,6 +8,7 @@ import pytest
 from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import tensors
+from penstock.grpc_api.bodies import whole
 from penstock.messages import InferRequest, InferResponse, RequestedOutput, Sequence
 from penstock.model_config import Signature, TensorSpec
 from penstock.tensor import BYTES, DATATYPES, Tensor, objects
@@ -386,7 +387,7 @@ def test_a_response_is_the_bytes_that_protobuf_would_write() -> None:
     ):
         expected.outputs.add(name=name, datatype=datatype, shape=shape)
         expected.raw_output_contents.append(raw)
-    body = tensors.encode(response)
+    body = whole(tensors.encode(response))
     decoded = pb.ModelInferResponse.FromString(body)
     assert decoded == expected
     assert len(body) == expected.ByteSize()
@@ -395,4 +396,6 @@ def test_a_response_is_the_bytes_that_protobuf_would_write() -> None:
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 2**21])
 def test_a_raw_entry_of_any_size_reads_back(size: int) -> None:
     response = InferResponse("m", "1", "", [Tensor("y", DATATYPES["UINT8"], np.zeros(size, np.uint8))])
-    assert list(map(len, pb.ModelInferResponse.FromString(tensors.encode(response)).raw_output_contents)) == [size]
+    assert list(map(len, pb.ModelInferResponse.FromString(whole(tensors.encode(response))).raw_output_contents)) == [
+        size
+    ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from penstock.errors import Kind, ServingError
-from penstock.settings import OPTIONS, Option, Settings, from_sources
+from penstock.settings import NATIVE, OPTIONS, Option, Settings, from_sources
 
 
 def settings(
@@ -213,3 +213,19 @@ def test_a_door_listens_on_its_own_address_or_the_hosts() -> None:
     )
     assert Settings(http_address="10.0.0.2").address("metrics") == ("10.0.0.2", 8002)
     assert Settings(http_address="10.0.0.2", metrics_address="10.0.0.3").address("metrics") == ("10.0.0.3", 8002)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_only_the_native_transport_can_is_refused_with_grpcio(name: str) -> None:
+    option = OPTIONS[name]
+    value = not option.default if option.type is bool else option.default + 1
+    assert getattr(from_sources({"grpc_transport": "native", name: value}, {}), name) == value
+    with pytest.raises(ServingError, match=f"^{option.flag} needs --grpc-transport native$"):
+        from_sources({name: value}, {})
+    assert from_sources({name: option.default}, {}) == from_sources({}, {})
+
+
+def test_the_allocator_s_threshold_is_within_what_it_takes() -> None:
+    assert from_sources({"malloc_threshold": 0}, {}).malloc_threshold == 0
+    with pytest.raises(ServingError, match="--malloc-threshold expects 0 to 33554432 bytes, got 33554433"):
+        from_sources({"malloc_threshold": (32 << 20) + 1}, {})

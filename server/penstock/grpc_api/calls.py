@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Generic, Protocol, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
@@ -14,6 +15,8 @@ from penstock.auth import Category, Guard
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.forwarding import HeaderPattern
+from penstock.grpc_api.bodies import Body, Encoded, length
+from penstock.grpc_api.templates import Templates
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class Door:
         self.engine = engine
         self.guard = guard
         self.limit_bytes = engine.settings.grpc_max_message_size
+        self.templates = Templates()
         self.forward = HeaderPattern(engine.settings.grpc_header_forward_pattern, "--grpc-header-forward-pattern")
 
     def admit(self, category: Category, call: "Call", keyless: bool = False) -> None:
@@ -110,28 +114,30 @@ class Unary(Generic[Request, Answer]):
     """
 
     path: str
-    decode: Callable[[bytes], Request]
-    encode: Callable[[Answer], bytes]
+    decode: Callable[[bytes], Request]  # is given any buffer, which protobuf's can read
+    encode: Callable[[Answer], Encoded]
     serve: Callable[[Door, Request, Call, Callable[[Answer | ServingError], None]], Cancellable | None]
     category: Category
     keyless: bool = False  # whether callers without an API key may call it
 
     def answer(
-        self, door: Door, body: bytes, call: Call, reply: Callable[[bytes | ServingError], None]
+        self, door: Door, body: Body, call: Call, reply: Callable[[Encoded | ServingError], None]
     ) -> Cancellable | None:
         """Serve a message: bytes in, bytes out. Never raises, and calls `reply` once on the event loop."""
 
-        def finish(answer: Answer | ServingError) -> None:
-            reply(answer if isinstance(answer, ServingError) else self._encoded(answer, door.limit_bytes))
-
         try:
             door.admit(self.category, call, self.keyless)
-            return self.serve(door, _decoded(self.decode, body), call, finish)
+            return self.serve(door, decoded(self.decode, body), call, partial(self._finish, door.limit_bytes, reply))
         except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
             reply(failure(self.path, error))
             return None
 
-    def _encoded(self, answer: Answer, limit_bytes: int) -> bytes | ServingError:
+    def _finish(
+        self, limit_bytes: int, reply: Callable[[Encoded | ServingError], None], answer: Answer | ServingError
+    ) -> None:
+        reply(answer if isinstance(answer, ServingError) else self._encoded(answer, limit_bytes))
+
+    def _encoded(self, answer: Answer, limit_bytes: int) -> Encoded | ServingError:
         try:
             return _sized(self.encode(answer), limit_bytes)
         except Exception as error:  # noqa: BLE001 - as above
@@ -146,14 +152,14 @@ class Stream(Generic[Request, Answer]):
     """
 
     path: str
-    decode: Callable[[bytes], Request]
-    encode: Callable[[Answer], bytes]
+    decode: Callable[[bytes], Request]  # any buffer, in truth, as protobuf's do
+    encode: Callable[[Answer], Encoded]
     serve: Callable[[Door, AsyncIterator[Request], Call], AsyncGenerator[Answer, None]]
     category: Category
     drains: bool  # whether a server that stops waits for its calls; others end at once
     keyless: bool = False  # as above
 
-    async def answers(self, door: Door, bodies: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
+    async def answers(self, door: Door, bodies: AsyncIterator[Body], call: Call) -> AsyncGenerator[Encoded, None]:
         """Serve messages: bytes in, bytes out. Raises ServingError only."""
         try:
             door.admit(self.category, call, self.keyless)
@@ -165,9 +171,9 @@ class Stream(Generic[Request, Answer]):
         except Exception as error:
             raise failure(self.path, error) from error
 
-    async def _messages(self, bodies: AsyncIterator[bytes]) -> AsyncGenerator[Request, None]:
+    async def _messages(self, bodies: AsyncIterator[Body]) -> AsyncGenerator[Request, None]:
         async for body in bodies:
-            yield _decoded(self.decode, body)
+            yield decoded(self.decode, body)
 
 
 def failure(path: str, error: BaseException) -> ServingError:
@@ -178,17 +184,18 @@ def failure(path: str, error: BaseException) -> ServingError:
     return ServingError(Kind.INTERNAL, f"{path} failed: {type(error).__name__}: {error}")
 
 
-def _decoded(decode: Callable[[bytes], Request], body: bytes) -> Request:
+def decoded(decode: Callable[[bytes], Request], body: Body) -> Request:
+    """Raises ServingError(INVALID) for bytes that are no such message."""
     try:
-        return decode(body)
+        return decode(cast(bytes, body))
     except DecodeError as error:
         raise ServingError(Kind.INVALID, f"malformed request message: {error}") from error
 
 
-def _sized(body: bytes, limit_bytes: int) -> bytes:
-    if len(body) > limit_bytes:
+def _sized(body: Encoded, limit_bytes: int) -> Encoded:
+    if (size := length(body)) > limit_bytes:
         raise ServingError(
             Kind.TOO_LARGE,
-            f"Response has byte size {len(body)} which exceeds gRPC's byte size limit {limit_bytes}.",
+            f"Response has byte size {size} which exceeds gRPC's byte size limit {limit_bytes}.",
         )
     return body

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 from penstock.errors import Kind, ServingError
+from penstock.grpc_api.bodies import Encoded, whole
 from penstock.grpc_api.calls import STATUS, Call, Door, Stream, Unary, details
 from penstock.grpc_api.methods import METHODS
 from penstock.settings import Settings
@@ -90,9 +91,9 @@ class GrpcioServer(grpc.GenericRpcHandler):
 
     def _unary(self, row: Unary[Any, Any]) -> "grpc.RpcMethodHandler[bytes, bytes]":
         async def handle(body: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
-            future: asyncio.Future[bytes | ServingError] = asyncio.get_running_loop().create_future()
+            future: asyncio.Future[Encoded | ServingError] = asyncio.get_running_loop().create_future()
 
-            def reply(answer: bytes | ServingError) -> None:
+            def reply(answer: Encoded | ServingError) -> None:
                 if not future.done():  # else the client has gone away
                     future.set_result(answer)
 
@@ -106,7 +107,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
                 raise
             if isinstance(answer, ServingError):
                 await _abort(context, answer)
-            return answer
+            return whole(answer)
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -119,7 +120,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
             try:
                 async with aclosing(row.answers(self._door, bodies, _call(context))) as answers:
                     async for answer in answers:
-                        await context.write(answer)
+                        await context.write(whole(answer))
             except ServingError as error:
                 await _abort(context, error)
             except asyncio.CancelledError:
