@@ -980,3 +980,14 @@ def test_an_answered_exchange_is_forgotten_without_a_collection(inline: bool) ->
 
 def exchanges() -> set[int]:
     return {id(held) for held in gc.get_objects() if type(held) is Exchange}
+
+
+def test_a_long_body_is_read_beside_the_event_loop_and_refused_as_a_short_one() -> None:
+    client = Client(model("m", Doubler()))
+    assert client.infer(wide(200_000)).json["outputs"][0]["data"] == [10] * 200_000
+    broken = orjson.dumps(wide(200_000))[:-1]
+    assert client.infer(broken).status == 400
+    fraction = wide(200_000)
+    fraction["inputs"][0]["data"][7] = 0.5
+    status, text = client.infer(fraction).error
+    assert (status, "element 7" in text) == (400, True)
