@@ -53,8 +53,9 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     request.config.stash[LOG] = log
     with contextlib.ExitStack() as server:
         try:
-            options = request.config.getoption("--serve")
-            running = server.enter_context(penstock([SAMPLES, fixtures], log, "--exit-on-error", "false", *options))
+            options = ("--exit-on-error", "false", "--cache-config", "local,size=1000000")
+            chosen = request.config.getoption("--serve")
+            running = server.enter_context(penstock([SAMPLES, fixtures], log, *options, *chosen))
         except RuntimeError as error:
             pytest.exit(str(error), 1)  # once, and not once for each test
         yield Target(running.http, running.grpc, running.metrics, running)
@@ -122,6 +123,15 @@ def door(request: pytest.FixtureRequest, target: Target) -> Door:
     """Each protocol in turn, for what both can be asked."""
     client = request.getfixturevalue(request.param)
     return HttpDoor(client) if request.param == "http" else GrpcDoor(client)
+
+
+@pytest.fixture(params=["http", "grpc"])
+def broken_door(request: pytest.FixtureRequest, broken: Running) -> Iterator[Door]:
+    if request.param == "http":
+        yield HttpDoor(HttpClient(broken.http))
+    else:
+        with contextlib.closing(GrpcClient(broken.grpc)) as client:
+            yield GrpcDoor(client)
 
 
 CARRIERS: dict[str, Callable[[pytest.FixtureRequest], Carrier]] = {

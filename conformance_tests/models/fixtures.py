@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from .arithmetic import multiple
 from .graphs import OPSET, Directory, Files, Shape, graph, node, tensor
@@ -43,6 +43,10 @@ def make_fixtures(directory: Path) -> None:
     - slow_matmul: FP32 identity that takes some 10 ms on one core
     - slow_loop: the same, and takes the longer the larger STEPS is, an INT64 [1]: about a millisecond each
     - failing: FP32 OUTPUT0 = (10, 20, 30, 40)[INPUT0]; an index outside -4..3 fails while it runs
+    - slow_rows: FP32 identity [batch,columns] that takes about a millisecond for each unit of the largest number in it,
+      on one instance; batched as BATCHING says under the names there
+    - cached: FP32 OUTPUT0 = INPUT0 and OUTPUT1 = -INPUT0 [rows,columns], with the response cache
+    - warmed: `failing`, warmed up with zeros, random numbers of no rows, and a file of indices that are valid
     - latest_version: y = version · x, FP32 [length], in versions 2, 9 and 10 and no configuration: 10 serves.
       Its directories 03 and notes are no versions
     - latest_two: the same in versions 1, 2 and 3, the highest two served
@@ -58,6 +62,9 @@ def make_fixtures(directory: Path) -> None:
     for model in (_two_inputs_mixed(), _string_classes(), _slow_matmul(), _slow_loop(), _failing()):
         Directory(model.graph.name, {"1/model.onnx": model}).write(directory)
     _optional_input().write(directory)
+    _cached().write(directory)
+    _warmed("warmed", [0, 3, -4]).write(directory)
+    make_batching_fixtures(directory, *BATCHING)
     _multiples("latest_version", (2, 9, 10), {f"{no}/model.onnx": NOT_ONNX for no in ("03", "notes")}).write(directory)
     for name, policy in {
         "latest_two": "latest { num_versions: 2 }",
@@ -65,6 +72,13 @@ def make_fixtures(directory: Path) -> None:
     }.items():
         config = f"version_policy {{ {policy} }}\n"
         _multiples(name, (1, 2, 3), {"config.pbtxt": config}).write(directory)
+
+
+def make_batching_fixtures(directory: Path, *names: str) -> None:
+    """Write slow_rows under some of its names in BATCHING."""
+    for name in names:
+        config = SLOW_ROWS_CONFIG.format(batching=BATCHING[name])
+        Directory(name, {"1/model.onnx": _slow_rows(), "config.pbtxt": config}).write(directory)
 
 
 def make_broken_fixtures(directory: Path) -> None:
@@ -77,6 +91,7 @@ def make_broken_fixtures(directory: Path) -> None:
     - wrong_name, wrong_datatype, wrong_dims, wrong_output: the configuration contradicts directory or file
     - wrong_batching: max_batch_size 8 where the file says [2,3]
     - missing_labels: label_filename names a file that is not there
+    - warmup_fails, warmup_short: as `warmed`, with an index that is out of range; with a file that is too short
     - unsupported_datatype: OUTPUT0 is FP8, for which the protocol has no name
     - sequence_output: OUTPUT0 is a sequence of tensors
     """
@@ -107,6 +122,8 @@ def make_broken_fixtures(directory: Path) -> None:
         "unsupported_datatype": {"1/model.onnx": _fp8_output()},
         "sequence_output": {"1/model.onnx": _sequence_output()},
     }
+    _warmed("warmup_fails", [0, 9, 0]).write(directory)
+    _warmed("warmup_short", [0]).write(directory)
     for name, files in repository.items():
         Directory(name, files).write(directory)
 
@@ -188,10 +205,12 @@ def _slow_matmul() -> ModelProto:
     )
 
 
-def _slow_loop() -> ModelProto:
-    """The same idea in a loop, so that each request chooses how long it takes: a 256x256 product twice per step."""
-    square = (256, 256)
-    body = helper.make_graph(
+SQUARE = (256, 256)
+
+
+def _step() -> GraphProto:
+    """The body of a loop: a product of matrices twice, about a millisecond."""
+    return helper.make_graph(
         [
             node("Identity", "go_on", "still"),
             node("MatMul", "power power", "half"),
@@ -201,10 +220,14 @@ def _slow_loop() -> ModelProto:
         [
             tensor("step", TensorProto.INT64, ()),
             tensor("go_on", TensorProto.BOOL, ()),
-            tensor("power", TensorProto.FLOAT, square),
+            tensor("power", TensorProto.FLOAT, SQUARE),
         ],
-        [tensor("still", TensorProto.BOOL, ()), tensor("next_power", TensorProto.FLOAT, square)],
+        [tensor("still", TensorProto.BOOL, ()), tensor("next_power", TensorProto.FLOAT, SQUARE)],
     )
+
+
+def _slow_loop() -> ModelProto:
+    """The same idea in a loop, so that each request chooses how long it takes: a 256x256 product twice per step."""
     return graph(
         "slow_loop",
         [
@@ -213,13 +236,86 @@ def _slow_loop() -> ModelProto:
             node("Mul", "number zero", "nothing"),
             node("Expand", "nothing side", "start"),
             node("Squeeze", "STEPS", "steps"),
-            node("Loop", "steps true start", "end", body=body),
+            node("Loop", "steps true start", "end", body=_step()),
             node("ReduceMax", "end", "late_zero", keepdims=0),
             node("Add", "INPUT0 late_zero", "OUTPUT0"),
         ],
         [tensor("INPUT0", TensorProto.FLOAT, MATRIX), tensor("STEPS", TensorProto.INT64, (1,))],
         [tensor("OUTPUT0", TensorProto.FLOAT, MATRIX)],
-        {"zero": np.float32(0), "side": np.array(square, np.int64), "true": np.bool_(True)},
+        {"zero": np.float32(0), "side": np.array(SQUARE, np.int64), "true": np.bool_(True)},
+    )
+
+
+def _cached() -> Directory:
+    model = graph(
+        "cached",
+        [node("Identity", "INPUT0", "OUTPUT0"), node("Neg", "INPUT0", "OUTPUT1")],
+        [tensor("INPUT0", TensorProto.FLOAT, MATRIX)],
+        [tensor(name, TensorProto.FLOAT, MATRIX) for name in ("OUTPUT0", "OUTPUT1")],
+    )
+    return Directory("cached", {"1/model.onnx": model, "config.pbtxt": "response_cache { enable: true }\n"})
+
+
+WARMUP_CONFIG = """\
+model_warmup [
+  { name: "zeros" batch_size: 1 inputs { key: "INPUT0" value { data_type: TYPE_INT64 dims: 2 zero_data: true } } },
+  { name: "empty" batch_size: 1 inputs { key: "INPUT0" value { data_type: TYPE_INT64 dims: 0 random_data: true } } },
+  { name: "file" batch_size: 1 count: 2
+    inputs { key: "INPUT0" value { data_type: TYPE_INT64 dims: 3 input_data_file: "indices" } } }
+]
+"""
+
+
+def _warmed(name: str, indices: Sequence[int]) -> Directory:
+    data = np.array(indices, np.int64).tobytes()
+    return Directory(name, {"1/model.onnx": _failing(), "config.pbtxt": WARMUP_CONFIG, "warmup/indices": data})
+
+
+# Configurations of slow_rows, by the name of the model that has each.
+BATCHING = {
+    "slow_rows": "max_batch_size: 8 dynamic_batching { }",
+    "slow_rows_delayed": "max_batch_size: 8 dynamic_batching { max_queue_delay_microseconds: 1500000 }",
+    "slow_rows_limited": "max_batch_size: 1 dynamic_batching { default_queue_policy { max_queue_size: 2 } }",
+    "slow_rows_hurried": "max_batch_size: 1 dynamic_batching { default_queue_policy "
+    "{ default_timeout_microseconds: 150000 allow_timeout_override: true } }",
+    "slow_rows_shortened": "max_batch_size: 1 dynamic_batching { default_queue_policy "
+    "{ default_timeout_microseconds: 60000000 allow_timeout_override: true } }",
+    "slow_rows_patient": "max_batch_size: 1 dynamic_batching { default_queue_policy "
+    "{ timeout_action: DELAY default_timeout_microseconds: 60000000 allow_timeout_override: true } }",
+    "slow_rows_by_priority": "max_batch_size: 1 dynamic_batching { priority_levels: 2 default_priority_level: 2 }",
+    "slow_rows_in_order": "max_batch_size: 8 instance_group { count: 1 kind: KIND_CPU } "
+    "dynamic_batching { preserve_ordering: true }",
+    "slow_rows_sharing": "max_batch_size: 1",
+    "slow_rows_sharing_too": "max_batch_size: 1 dynamic_batching { }",
+    "slow_rows_split": "max_batch_size: 4 dynamic_batching { } "
+    'parameters { key: "split_oversized" value { string_value: "true" } }',
+}
+SLOW_ROWS_CONFIG = """\
+{batching}
+input [ {{ name: "INPUT0" data_type: TYPE_FP32 dims: [ -1 ] }} ]
+output [ {{ name: "OUTPUT0" data_type: TYPE_FP32 dims: [ -1 ] }} ]
+instance_group {{ count: 1 kind: KIND_CPU rate_limiter {{ resources {{ name: "R" global: true count: 1 }} }} }}
+"""
+
+
+def _slow_rows() -> ModelProto:
+    """As slow_loop, with a batch axis: as many steps as the largest number of all rows says."""
+    rows = ("batch", "columns")
+    return graph(
+        "slow_rows",
+        [
+            node("ReduceMax", "INPUT0", "largest", keepdims=0),
+            node("Add", "largest one", "number"),  # at least one step, so that it never runs inline
+            node("Cast", "number", "steps", to=TensorProto.INT64),
+            node("Mul", "largest zero", "nothing"),
+            node("Expand", "nothing side", "start"),
+            node("Loop", "steps true start", "end", body=_step()),
+            node("ReduceMax", "end", "late_zero", keepdims=0),
+            node("Add", "INPUT0 late_zero", "OUTPUT0"),
+        ],
+        [tensor("INPUT0", TensorProto.FLOAT, rows)],
+        [tensor("OUTPUT0", TensorProto.FLOAT, rows)],
+        {"zero": np.float32(0), "one": np.float32(1), "side": np.array(SQUARE, np.int64), "true": np.bool_(True)},
     )
 
 

@@ -1,14 +1,13 @@
 """Health of the server and of its models, in the protocol's own form and in grpc.health.v1."""
 
 import contextlib
-from collections.abc import Iterator
 
 import grpc as grpcio
 import pytest
 
 from conformance_tests.carriers import Refusal
 from conformance_tests.clause_table import clause
-from conformance_tests.doors import Door, GrpcDoor, HttpDoor
+from conformance_tests.doors import Door
 from conformance_tests.grpc_wire import GrpcClient, status
 from conformance_tests.http_wire import HttpClient
 from conformance_tests.server import Running
@@ -85,15 +84,6 @@ def test_readiness_of_an_unknown_model_is_not_found(door: Door) -> None:
 def test_readiness_of_an_unknown_version_is_not_found(door: Door) -> None:
     text = "Request for unknown model: 'simple' version 9 is not found"
     assert door.model_ready("simple", "9") == Refusal("NOT_FOUND", text)
-
-
-@pytest.fixture(params=["http", "grpc"])
-def broken_door(request: pytest.FixtureRequest, broken: Running) -> Iterator[Door]:
-    if request.param == "http":
-        yield HttpDoor(HttpClient(broken.http))
-    else:
-        with contextlib.closing(GrpcClient(broken.grpc)) as client:
-            yield GrpcDoor(client)
 
 
 @clause("health.not_ready")

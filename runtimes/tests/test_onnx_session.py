@@ -141,8 +141,10 @@ def test_a_models_parameters_stand_over_the_defaults() -> None:
     ],
 )
 def test_arenas_to_shrink_are_a_run_option(device: str, arenas: str, entry: str) -> None:
-    made = session.run_options(parameters(memory__enable_memory_arena_shrinkage=arenas), device)
-    assert made.get_run_config_entry("memory.enable_memory_arena_shrinkage") == entry
+    make = session.run_options(parameters(memory__enable_memory_arena_shrinkage=arenas), device)
+    assert make is not None
+    assert make() is not make()  # for the flag that ends a run stays set
+    assert make().get_run_config_entry("memory.enable_memory_arena_shrinkage") == entry
 
 
 def test_there_are_no_run_options_where_none_are_needed() -> None:

@@ -114,8 +114,8 @@ def _statistics(model: Model) -> Fields:
                 "compute_input": _duration(counts.compute_input),
                 "compute_infer": _duration(counts.compute_infer),
                 "compute_output": _duration(counts.compute_output),
-                "cache_hit": _duration(Duration()),
-                "cache_miss": _duration(Duration()),
+                "cache_hit": _duration(counts.cache_hit),
+                "cache_miss": _duration(counts.cache_miss),
             },
             "response_stats": {},
             "batch_stats": [

@@ -6,16 +6,20 @@ import threading
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
+from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferResponse
+from penstock.model_config import RateLimit
 from penstock.queueing import Pending, Scheduler
-from penstock.runtime import PLENTY, Credit, Instance
+from penstock.rate import RateLimiter, Turn
+from penstock.runtime import PLENTY, Cancelled, Credit, Instance
 from penstock.statistics import Execution
 
 logger = logging.getLogger(__name__)
 
 INLINE_LIMIT_NS = 100_000  # a hand-off to a worker and back was measured at 29 to 128 us per request
 INLINE_ENDS_NS = 200_000  # INLINE_SLOW_RUNS longer than this, and the model goes to its workers from then on
+NEVER_NS = 2**63  # later than any time
 INLINE_SLOW_RUNS = 3  # in a row: a single one is as likely a thread that lost its core as a model that became slow
 
 # Both answer every request that they are given, and raise nothing.
@@ -26,14 +30,21 @@ Withdrawn = Callable[[Pending, ServingError], None]
 class Worker:
     """An instance, its thread and its place in the crew. All fields are owned by the crew's lock."""
 
-    __slots__ = ("in_flight", "inline", "instance", "thread", "wake")
+    __slots__ = ("in_flight", "inline", "instance", "thread", "turn", "wake", "wakes_ns")
 
     def __init__(self, instance: Instance, lock: threading.Lock) -> None:
         self.instance = instance
         self.inline = False  # claimed by a thread that runs a request on it
         self.in_flight = 0  # requests that were started and have not had their final reply
         self.wake = threading.Condition(lock)
+        self.wakes_ns = NEVER_NS  # when it wakes by itself, while it is idle
         self.thread: threading.Thread | None = None
+        self.turn: Turn | None = None  # which it needs for each batch, where rates are limited
+
+    def rouse(self) -> None:
+        """Let it look again at what there is to do."""
+        with self.wake:
+            self.wake.notify()
 
 
 class Crew:
@@ -47,8 +58,16 @@ class Crew:
     """
 
     def __init__(
-        self, name: str, scheduler: Scheduler, instances: Sequence[Instance], finish: Finish, withdrawn: Withdrawn
+        self,
+        name: str,
+        scheduler: Scheduler,
+        instances: Sequence[Instance],
+        finish: Finish,
+        withdrawn: Withdrawn,
+        limiter: RateLimiter | None = None,
+        limits: Sequence[RateLimit] = (),
     ) -> None:
+        """With a `limiter`, each instance has one of the `limits`. Raises ServingError if it could never run."""
         self._name = name
         self._scheduler = scheduler
         self._finish = finish  # counts and replies for a batch that ran
@@ -60,7 +79,18 @@ class Crew:
         self._closed = False
         self._slow_runs = 0  # inline, in a row
         self._inline_bytes = -1  # the largest request that may run inline; -1: none
+        self._deadlines = Deadlines(f"{name}-deadlines", self._expired)
         self._workers = [Worker(instance, self._lock) for instance in instances]
+        self._limiter = limiter
+        if limiter is not None:
+            try:
+                for worker, limit in zip(self._workers, limits, strict=True):
+                    worker.turn = limiter.enter(worker.instance.device, limit, worker.rouse)
+            except ServingError:
+                for worker in self._workers:
+                    if worker.turn is not None:
+                        limiter.leave(worker.turn)
+                raise
         self._idle = list(self._workers)
         for number, worker in enumerate(self._workers):
             worker.thread = threading.Thread(target=self._work, args=(worker,), name=f"{name}#{number}", daemon=True)
@@ -70,6 +100,12 @@ class Crew:
     def waiting(self) -> int:
         """How many requests are queued."""
         return len(self._scheduler)
+
+    @property
+    def running(self) -> int:
+        """How many requests left the queue and have not been answered for the last time."""
+        with self._lock:
+            return self._unfinished - len(self._scheduler)
 
     @property
     def draining(self) -> bool:
@@ -82,36 +118,65 @@ class Crew:
         return self._inline_bytes
 
     def allow_inline(self, request_bytes: int) -> None:
-        """Run requests of at most `request_bytes` on the thread that submits them, while nobody waits."""
-        self._inline_bytes = request_bytes
+        """Run requests of at most `request_bytes` on the thread that submits them, while nobody waits.
+
+        Never where rates are limited: that thread cannot wait for its turn.
+        """
+        self._inline_bytes = request_bytes if self._limiter is None else -1
 
     def submit(self, pending: Pending, request_bytes: int) -> None:
         """Queue the request, or run it here and now. Raises ServingError if it cannot be accepted."""
         pending.holder = self
         claimed = None
+        now_ns = pending.arrived_ns
         with self._lock:
             if self._draining:
-                raise ServingError(
-                    Kind.UNAVAILABLE,
-                    f"[request id: {pending.request.id or '<id_unknown>'}] Server is stopping, "
-                    "scheduler for model has stopped accepting new inference requests",
-                )
-            worker = self._idle.pop() if self._idle else None
-            if worker and request_bytes <= self._inline_bytes and not len(self._scheduler):
-                worker.inline = True
-                claimed = worker
-            else:
-                try:
-                    self._scheduler.add(pending, monotonic_ns())
-                except ServingError:
-                    if worker:
-                        self._idle.append(worker)
-                    raise
-                if worker:
-                    worker.wake.notify()
+                raise _stopping(pending)
+            self._scheduler.add(pending, now_ns)
             self._unfinished += 1
+            if (
+                self._idle
+                and request_bytes <= self._inline_bytes
+                and len(self._scheduler) == 1
+                and self._scheduler.take(now_ns)
+            ):
+                claimed = self._idle.pop()
+                claimed.inline = True
+            else:
+                self._queued(pending, now_ns)
         if claimed:
             self._run_inline(claimed, pending)
+
+    def submit_all(self, parts: Sequence[Pending]) -> None:
+        """Queue all of these, or none. Raises ServingError if one of them cannot be accepted."""
+        with self._lock:
+            if self._draining:
+                raise _stopping(parts[0])
+            for number, part in enumerate(parts):
+                part.holder = self
+                try:
+                    self._scheduler.add(part, part.arrived_ns)
+                except ServingError:
+                    for queued in parts[:number]:
+                        self._scheduler.drop(queued)
+                    raise
+            self._unfinished += len(parts)
+            for part in parts:
+                self._queued(part, part.arrived_ns)
+
+    def _queued(self, pending: Pending, now_ns: int) -> None:
+        """A request was added: see that it is looked at in time. Holds the lock."""
+        if pending.expires_ns:
+            self._deadlines.add(pending, pending.expires_ns)
+        self._call_worker(now_ns)
+
+    def _call_worker(self, now_ns: int) -> None:
+        """Wake an idle worker if something is due now, or before one wakes by itself. Holds the lock."""
+        if not self._idle:
+            return
+        due_ns = self._scheduler.wake_at(now_ns)
+        if due_ns is not None and (due_ns <= now_ns or all(due_ns < worker.wakes_ns for worker in self._idle)):
+            self._idle.pop().wake.notify()
 
     def drop(self, pending: Pending) -> bool:
         """Forget a request that waits. False if it runs already, or ran."""
@@ -120,7 +185,7 @@ class Crew:
         if dropped:
             assert pending.cancelled.reason is not None
             self._withdrawn(pending, pending.cancelled.reason)
-            self._ended(1)
+            self._ended([pending])
         return dropped
 
     def finished(self, worker: Worker, pending: Pending, result: InferResponse | ServingError, started_ns: int) -> None:
@@ -132,7 +197,22 @@ class Crew:
             with self._lock:
                 worker.in_flight -= 1
                 worker.wake.notify()
-            self._ended(1)
+            self._ended([pending])
+
+    def _expired(self, pending: Pending, now_ns: int) -> None:
+        """The time of a request has run out: that in the queue, or the client's, which ends what runs as well."""
+        reason = pending.lateness(now_ns)
+        with self._lock:
+            dropped = self._scheduler.drop(pending)
+        if dropped:
+            pending.cancelled.set(reason)
+            assert pending.cancelled.reason is not None  # this one, or the client's, who has come first
+            self._withdrawn(pending, pending.cancelled.reason)
+            self._ended([pending])
+        elif reason.kind is Kind.DEADLINE:
+            pending.cancelled.set(reason)
+        elif pending.request.deadline_ns:
+            self._deadlines.add(pending, pending.request.deadline_ns)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
@@ -149,7 +229,10 @@ class Crew:
         for worker in self._workers:
             assert worker.thread is not None
             worker.thread.join()
+            if worker.turn is not None and self._limiter is not None:
+                self._limiter.leave(worker.turn)
             worker.instance.close()
+        self._deadlines.close()
 
     def _work(self, worker: Worker) -> None:
         while batch := self._next(worker):
@@ -158,34 +241,62 @@ class Crew:
             else:
                 self._run(worker.instance, batch)
             del batch  # else its tensors would live until the next one comes
+            if worker.turn is not None and self._limiter is not None:
+                with self._lock:
+                    now_ns = monotonic_ns()
+                    due_ns = self._scheduler.wake_at(now_ns)
+                self._limiter.give_back(worker.turn, ran=True, again=due_ns is not None and due_ns <= now_ns)
 
     def _next(self, worker: Worker) -> list[Pending]:
-        """Wait for a batch; [] when the crew has closed. While it waits, the worker is idle or claimed."""
+        """Wait for a batch; [] when the crew has closed."""
+        while (batch := self._wait(worker)) is None:
+            assert worker.turn is not None
+            assert self._limiter is not None
+            self._limiter.give_back(worker.turn, ran=False)  # without the lock: it wakes workers of other crews
+        return batch
+
+    def _wait(self, worker: Worker) -> list[Pending] | None:
+        """As `_next`; None where it has a turn and nothing to run. While it waits, the worker is idle or claimed."""
         with self._lock:
             while worker.inline or not self._closed:
                 timeout_s = None
                 if not worker.inline and worker.in_flight < worker.instance.max_in_flight:
                     now_ns = monotonic_ns()
-                    batch = self._scheduler.take(now_ns)
+                    if worker.turn is None:
+                        batch = self._scheduler.take(now_ns)
+                    else:
+                        batch = self._take_in_turn(worker.turn, now_ns)
+                        if not batch and worker.turn.granted:
+                            return None
                     if batch:
                         if worker in self._idle:
                             self._idle.remove(worker)
                         worker.in_flight += len(batch) if worker.instance.streams else 0
-                        if self._idle and len(self._scheduler):
-                            self._idle[-1].wake.notify()  # more may be due, and this worker is busy now
+                        self._call_worker(now_ns)  # more may be due, and this worker is busy now
                         return batch
                     if worker not in self._idle:
                         self._idle.append(worker)
                     wake_ns = self._scheduler.wake_at(now_ns)
+                    if worker.turn is not None and wake_ns is not None and wake_ns <= now_ns:
+                        wake_ns = None  # its turn has not come: the limiter wakes it
+                    worker.wakes_ns = NEVER_NS if wake_ns is None else wake_ns
                     timeout_s = None if wake_ns is None else max(wake_ns - now_ns, 0) / 1e9
                 worker.wake.wait(timeout_s)
             return []
+
+    def _take_in_turn(self, turn: Turn, now_ns: int) -> list[Pending]:
+        """What is due, if the limiter lets the instance run. Holds the lock."""
+        assert self._limiter is not None
+        due_ns = self._scheduler.wake_at(now_ns)
+        if due_ns is None or due_ns > now_ns or not self._limiter.take(turn):
+            return []
+        return self._scheduler.take(now_ns)
 
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
         elapsed_ns = 0
         before = _usage() if self._slow_runs else None
         try:
-            elapsed_ns = self._run(worker.instance, [pending])
+            elapsed_ns = self._run(worker.instance, [pending], inline=True)
         finally:
             with self._lock:
                 worker.inline = False
@@ -197,22 +308,25 @@ class Crew:
                     self._inline_bytes = -1
                     logger.info("model %s runs too long for the threads that bring its requests", self._name)
                 if self._closed or len(self._scheduler):
-                    worker.wake.notify()  # its own thread ends, or takes what has come meanwhile
+                    worker.wake.notify()  # its own thread ends, or looks at what has come meanwhile
                 else:
                     self._idle.append(worker)
 
-    def _run(self, instance: Instance, batch: list[Pending]) -> int:
-        """Execute and reply; returns the nanoseconds that took."""
+    def _run(self, instance: Instance, batch: list[Pending], inline: bool = False) -> int:
+        """Execute and reply; returns the nanoseconds that took. What runs inline is over before it could be ended."""
         started_ns = monotonic_ns()
         wanted = self._still_wanted(batch, started_ns)
         if not wanted:
             return 0
         try:
-            results = instance.execute([pending.request for pending in wanted])
+            results = instance.execute([pending.request for pending in wanted], None if inline else _unwanted(wanted))
             if len(results) != len(wanted):
                 raise ValueError(f"{len(results)} answers to {len(wanted)} requests")
         except Exception as error:  # noqa: BLE001 - whatever a runtime or user code raises fails this batch alone
-            results = [_failure(error, wanted[0])] * len(wanted)
+            if all(pending.cancelled for pending in wanted):  # then it ended as it was told to
+                results = [pending.cancelled.reason or _failure(error, pending) for pending in wanted]
+            else:
+                results = [_failure(error, wanted[0])] * len(wanted)
         ended_ns = monotonic_ns()
         if any(isinstance(result, ServingError) for result in results):
             times = Execution(started_ns, started_ns, ended_ns, ended_ns)
@@ -221,7 +335,7 @@ class Crew:
         try:
             self._finish(wanted, results, times)
         finally:
-            self._ended(len(wanted))
+            self._ended(wanted)
         return ended_ns - started_ns
 
     def _start(self, worker: Worker, batch: list[Pending]) -> None:
@@ -239,25 +353,27 @@ class Crew:
 
     def _still_wanted(self, batch: list[Pending], now_ns: int) -> list[Pending]:
         """Those of the batch that somebody waits for; the others get their last reply here."""
-        wanted = []
+        if len(batch) == 1 and not batch[0].expires_ns and batch[0].cancelled.reason is None:
+            return batch
+        wanted, unwanted = [], []
         for pending in batch:
-            deadline_ns = pending.request.deadline_ns
-            if deadline_ns and now_ns > deadline_ns:
-                late_ms = (now_ns - deadline_ns) / 1e6
-                pending.cancelled.set(
-                    ServingError(Kind.DEADLINE, f"the deadline passed {late_ms:.1f} ms before the request could run")
-                )
+            if pending.expires_ns and now_ns >= pending.expires_ns:
+                pending.cancelled.set(pending.lateness(now_ns))
             if pending.cancelled.reason is None:
                 wanted.append(pending)
             else:
                 self._withdrawn(pending, pending.cancelled.reason)
-        if len(wanted) < len(batch):
-            self._ended(len(batch) - len(wanted))
+                unwanted.append(pending)
+        if unwanted:
+            self._ended(unwanted)
         return wanted
 
-    def _ended(self, number: int) -> None:
+    def _ended(self, answered: Sequence[Pending]) -> None:
+        for pending in answered:
+            if pending.expires_ns:
+                self._deadlines.forget(pending)
         with self._lock:
-            self._unfinished -= number
+            self._unfinished -= len(answered)
             if not self._unfinished:
                 self._done.notify_all()
 
@@ -271,6 +387,32 @@ def _was_slow(before: resource.struct_rusage, after: resource.struct_rusage) -> 
     """Whether a long run was the model's doing: it computed long, or nothing else took its thread's core away."""
     computed_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return computed_s * 1e9 > INLINE_ENDS_NS or after.ru_nivcsw == before.ru_nivcsw
+
+
+def _stopping(pending: Pending) -> ServingError:
+    return ServingError(
+        Kind.UNAVAILABLE,
+        f"[request id: {pending.request.id or '<id_unknown>'}] Server is stopping, "
+        "scheduler for model has stopped accepting new inference requests",
+    )
+
+
+def _unwanted(batch: Sequence[Pending]) -> Cancelled:
+    """Set once no request of the batch is wanted any more. Watches one of those that are, and then the next."""
+    if len(batch) == 1:
+        return batch[0].cancelled
+    unwanted = Cancelled()
+    waiting = iter(batch)
+
+    def watch_next() -> None:
+        for pending in waiting:
+            if not pending.cancelled:
+                pending.cancelled.watch(watch_next)
+                return
+        unwanted.set(ServingError(Kind.CANCELLED, "no request of the batch is wanted any more"))
+
+    watch_next()
+    return unwanted
 
 
 class _FinalReply:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from penstock import model_config, pb, repository
+from penstock import model_config, pb, rate, repository, warmup
+from penstock.cache import ResponseCache
 from penstock.devices import cpu_count, gpu_count
 from penstock.errors import Kind, ServingError
 from penstock.model import Loaded, Model
 from penstock.model_config import Note, unheard
+from penstock.rate import RateLimiter
 from penstock.repository import ModelSource
 from penstock.runtime import Find, Instance, ModelFiles, Placement, Runtime, find
 from penstock.settings import Settings
@@ -83,6 +85,10 @@ class Lifecycle:
         workers = settings.model_load_thread_count
         self._models_pool = ThreadPoolExecutor(workers, thread_name_prefix="load-model")
         self._versions_pool = ThreadPoolExecutor(workers, thread_name_prefix="load-version")
+        size_bytes = settings.cache_bytes()
+        self.cache = None if size_bytes is None else ResponseCache(size_bytes)
+        amounts = rate.parse(settings.rate_limit_resource)
+        self._limiter = RateLimiter(amounts) if settings.rate_limit == "execution_count" else None
         self._find_runtime = find
         self._runtimes: dict[str, Runtime] = {}
         self._runtimes_lock = threading.Lock()  # of its own, for it is held while a runtime is imported
@@ -431,13 +437,20 @@ class Lifecycle:
                 if output.label_filename
             }
             signature = model_config.signature(done, labels)
-            if not stated.max_batch_size:  # nobody asked for a limit: it was completed, and only bounds a batch
+            if _splits(stated):
+                signature = dataclasses.replace(signature, row_limit=2**31)
+            elif not stated.max_batch_size:  # nobody asked for a limit: it was completed, and only bounds a batch
                 signature = dataclasses.replace(signature, row_limit=2**31)
                 if done.max_batch_size:
                     files.note(
                         "rows of a request", "any number", "max_batch_size was completed: it bounds batches alone"
                     )
-            return Model(Loaded(files, done, signature, time.monotonic() - started_s), instances)
+            if done.response_cache.enable and self.cache is None:
+                logger.warning("model '%s' asks for the response cache, which needs --cache-config", source.name)
+            warmup.run(done, signature, source.directory, instances)
+            return Model(
+                Loaded(files, done, signature, time.monotonic() - started_s), instances, self.cache, self._limiter
+            )
         except BaseException:
             for instance in instances:
                 instance.close()
@@ -448,6 +461,12 @@ class Lifecycle:
             if name not in self._runtimes:
                 self._runtimes[name] = self._find_runtime(name, self._settings.runtime_settings(name))
             return self._runtimes[name]
+
+
+def _splits(config: pb.ModelConfig) -> bool:
+    """Whether the configuration lets a request have more rows than a batch."""
+    stated = config.parameters
+    return "split_oversized" in stated and stated["split_oversized"].string_value.lower() in ("1", "true")
 
 
 def _filenames(path: Path) -> list[str]:
@@ -524,9 +543,13 @@ def place(
     was asked for and the driver shows no GPU. `note` is told which devices and threads were chosen, and why.
     """
     asked = [group.kind for group in config.instance_group] or [pb.ModelInstanceGroup.KIND_AUTO]
+    if config.instance_group and all(group.passive for group in config.instance_group):
+        raise ServingError(Kind.INVALID, f"every instance group of model '{config.name}' is passive, so none would run")
     places: list[Placement] = []
     reasons: list[str] = []
     for kind, group in zip(asked, model_config.normalise(config, gpus).instance_group, strict=True):
+        if group.passive:
+            continue
         leaves_open = kind == pb.ModelInstanceGroup.KIND_AUTO
         if not leaves_open:
             reasons.append(f"an instance group says {pb.ModelInstanceGroup.Kind.Name(kind)}")
@@ -558,6 +581,8 @@ def show_devices(config: pb.ModelConfig, devices: Sequence[str], note: Note = un
     done.CopyFrom(config)
     first = 0
     for index, group in enumerate(done.instance_group):
+        if group.passive:
+            continue
         got = devices[first : first + group.count * max(1, len(group.gpus))]
         first += len(got)
         if group.kind == pb.ModelInstanceGroup.KIND_GPU and all(device == "cpu" for device in got):

@@ -45,6 +45,7 @@ class InferRequest:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     priority: int = 0  # 0 means: the model's default
     deadline_ns: int = 0  # monotonic; 0 means: none
+    timeout_us: int = 0  # in the queue, where the model's queue policy lets requests shorten it; 0 means: none
     sequence: Sequence | None = None
     rows: int = 1  # of the batch axis; 1 for a model without one
     job: JobContext | None = None  # None unless the request is a job

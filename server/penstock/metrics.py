@@ -1,31 +1,66 @@
-"""Prometheus text, rendered from `statistics` when it is scraped. Names, types and labels are Triton's."""
+"""Prometheus text, rendered from `statistics` when it is scraped. What is Triton's has its name, type and labels."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from penstock.cache import ResponseCache
 from penstock.engine import Engine
 from penstock.model import Model
+from penstock.statistics import Histogram, Histograms
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
+
+Series: TypeAlias = tuple[str, dict[str, str], float]  # what is added to the family's name, further labels, value
+Read: TypeAlias = Callable[[Model], list[Series]]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One metric of every served version: its name, type, help, and the series of a model as (labels, value)."""
+    """One metric of every served version: its name, type, help, and the series of a model."""
 
     name: str
     type: str
     help: str
-    read: Callable[[Model], list[tuple[dict[str, str], float]]]
+    read: Read
+    option: str = ""  # of `--metrics-config` that shows it; "": always
 
 
-def _one(read: Callable[[Model], float]) -> Callable[[Model], list[tuple[dict[str, str], float]]]:
-    return lambda model: [({}, read(model))]
+def _one(read: Callable[[Model], float]) -> Read:
+    return lambda model: [("", {}, read(model))]
 
 
-def _failures(model: Model) -> list[tuple[dict[str, str], float]]:
-    return [({"reason": reason}, number) for reason, number in model.statistics.failures.items()]
+def _failures(model: Model) -> list[Series]:
+    return [("", {"reason": reason}, number) for reason, number in model.statistics.failures.items()]
 
+
+def _cached(read: Callable[[Model], float]) -> Read:
+    """Of models that use the response cache only."""
+    return lambda model: [("", {}, read(model))] if model.caches else []
+
+
+def _departures(model: Model) -> list[Series]:
+    return [("", {"reason": reason}, number) for reason, number in model.statistics.departures.items()]
+
+
+def _histogram(
+    name: str, help: str, choose: Callable[[Histograms], Histogram], unit: float = 1, option: str = ""
+) -> Family:
+    """A family of cumulative buckets, a sum and a count, in `unit`s of what is counted."""
+
+    def read(model: Model) -> list[Series]:
+        histogram = choose(model.statistics.histograms)
+        series: list[Series] = []
+        below = 0
+        for bound, number in zip((*histogram.bounds, None), histogram.counts, strict=True):
+            below += number
+            series.append(("_bucket", {"le": "+Inf" if bound is None else f"{bound / unit:g}"}, below))
+        return [*series, ("_sum", {}, histogram.total / unit), ("_count", {}, below)]
+
+    return Family(name, "histogram", help, read, option)
+
+
+SECOND = 1e9  # nanoseconds
 
 FAMILIES = (
     Family(
@@ -57,30 +92,35 @@ FAMILIES = (
         "counter",
         "Cumulative inference request duration in microseconds (includes cached requests)",
         _one(lambda model: model.statistics.success.ns // 1000),
+        "counter_latencies",
     ),
     Family(
         "nv_inference_queue_duration_us",
         "counter",
         "Cumulative inference queuing duration in microseconds (includes cached requests)",
         _one(lambda model: model.statistics.queue.ns // 1000),
+        "counter_latencies",
     ),
     Family(
         "nv_inference_compute_input_duration_us",
         "counter",
         "Cumulative compute input duration in microseconds (does not include cached requests)",
         _one(lambda model: model.statistics.compute_input.ns // 1000),
+        "counter_latencies",
     ),
     Family(
         "nv_inference_compute_infer_duration_us",
         "counter",
         "Cumulative compute inference duration in microseconds (does not include cached requests)",
         _one(lambda model: model.statistics.compute_infer.ns // 1000),
+        "counter_latencies",
     ),
     Family(
         "nv_inference_compute_output_duration_us",
         "counter",
         "Cumulative inference compute output duration in microseconds (does not include cached requests)",
         _one(lambda model: model.statistics.compute_output.ns // 1000),
+        "counter_latencies",
     ),
     Family(
         "nv_inference_pending_request_count",
@@ -88,32 +128,132 @@ FAMILIES = (
         "Instantaneous number of pending requests awaiting execution per-model.",
         _one(lambda model: model.waiting),
     ),
+    _histogram(
+        "nv_inference_first_response_histogram_ms",
+        "Duration from request to first response in milliseconds",
+        lambda seen: seen.first_response,
+        option="histogram_latencies",
+    ),
+    Family(
+        "nv_cache_num_hits_per_model",
+        "counter",
+        "Number of cache hits per model",
+        _cached(lambda model: model.statistics.cache_hit.count),
+    ),
+    Family(
+        "nv_cache_num_misses_per_model",
+        "counter",
+        "Number of cache misses per model",
+        _cached(lambda model: model.statistics.cache_miss.count),
+    ),
+    Family(
+        "nv_cache_hit_duration_per_model",
+        "counter",
+        "Total cache hit duration per model, in microseconds",
+        _cached(lambda model: model.statistics.cache_hit.ns // 1000),
+    ),
+    Family(
+        "nv_cache_miss_duration_per_model",
+        "counter",
+        "Total cache miss (insert+lookup) duration per model, in microseconds",
+        _cached(lambda model: model.statistics.cache_miss.ns // 1000),
+    ),
     Family(
         "nv_model_load_duration_secs",
         "gauge",
         "Model load time in seconds",
         _one(lambda model: model.load_s),
     ),
+    Family(
+        "penstock_running_requests",
+        "gauge",
+        "Requests that have left the queue and are not answered yet",
+        _one(lambda model: model.running),
+    ),
+    Family(
+        "penstock_batches_total",
+        "counter",
+        "Number of batches that left the dynamic batcher, by the reason why each did",
+        _departures,
+    ),
+    _histogram("penstock_batch_rows", "Rows of each execution", lambda seen: seen.rows),
+    _histogram(
+        "penstock_request_seconds",
+        "From the arrival of a successful request to its answer",
+        lambda seen: seen.request,
+        SECOND,
+    ),
+    _histogram(
+        "penstock_queue_seconds",
+        "From the arrival of a successful request to the start of its execution",
+        lambda seen: seen.queue,
+        SECOND,
+    ),
+    _histogram(
+        "penstock_compute_input_seconds",
+        "Gathering the inputs of the batch that a request ran in",
+        lambda seen: seen.compute_input,
+        SECOND,
+    ),
+    _histogram(
+        "penstock_compute_infer_seconds",
+        "Computing the batch that a request ran in",
+        lambda seen: seen.compute_infer,
+        SECOND,
+    ),
+    _histogram(
+        "penstock_compute_output_seconds",
+        "Scattering the outputs of the batch that a request ran in",
+        lambda seen: seen.compute_output,
+        SECOND,
+    ),
 )
 
 
 def render(engine: Engine) -> bytes:
     """Every metric that has a series, in Prometheus' text format."""
-    return "".join(_lines(engine.lifecycle.models())).encode()
+    kept = engine.lifecycle.cache
+    shown = engine.settings.metrics_options()
+    families = [family for family in FAMILIES if not family.option or shown[family.option]]
+    return "".join((*_lines(families, engine.lifecycle.models()), *(_cache_lines(kept) if kept else ()))).encode()
 
 
-def _lines(models: list[Model]) -> Iterator[str]:
-    if not models:
-        return
-    for family in FAMILIES:
-        yield f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.type}\n"
+CACHE_GAUGES: tuple[tuple[str, str, Callable[[ResponseCache], float]], ...] = (
+    ("util", "Cache utilization [0.0 - 1.0]", lambda kept: kept.used_bytes / kept.size_bytes if kept.size_bytes else 0),
+    ("num_entries", "Number of responses stored in the cache", len),
+    ("num_hits", "Number of cache hits", lambda kept: kept.counts.hits),
+    ("num_misses", "Number of cache misses", lambda kept: kept.counts.misses),
+    ("num_lookups", "Number of cache lookups", lambda kept: kept.counts.lookup.count),
+    ("num_evictions", "Number of cache evictions", lambda kept: kept.counts.evictions),
+    ("lookup_duration", "Total cache lookup duration in microseconds", lambda kept: kept.counts.lookup.ns // 1000),
+    (
+        "insertion_duration",
+        "Total cache insertion duration in microseconds",
+        lambda kept: kept.counts.insertion.ns // 1000,
+    ),
+)
+
+
+def _cache_lines(kept: ResponseCache) -> Iterator[str]:
+    for name, help, read in CACHE_GAUGES:
+        yield f"# HELP nv_cache_{name} {help}\n# TYPE nv_cache_{name} gauge\nnv_cache_{name} {read(kept)}\n"
+
+
+def _lines(families: list[Family], models: list[Model]) -> Iterator[str]:
+    for family in families:
+        head = f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.type}\n"
         for model in models:
             with model.statistics.lock:
                 series = family.read(model)
-            for labels, value in series:
-                pairs = sorted({"model": model.name, "version": model.version, **labels}.items())
-                inside = ",".join(f'{key}="{_escape(text)}"' for key, text in pairs)
-                yield f"{family.name}{{{inside}}} {value}\n"
+            for suffix, labels, value in series:
+                yield f"{head}{family.name}{suffix}{{{_labels(model, labels)}}} {value}\n"
+                head = ""  # stands once, before the first series; a family without one has none
+
+
+def _labels(model: Model, further: dict[str, str]) -> str:
+    """In alphabetical order, the bound of a bucket last."""
+    pairs = {"model": model.name, "version": model.version, **further}
+    return ",".join(f'{key}="{_escape(pairs[key])}"' for key in sorted(pairs, key=lambda key: (key == "le", key)))
 
 
 def _escape(text: str) -> str:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock import classification, pb
+from penstock import cache, classification, model_config, pb
+from penstock.batching import DEPARTURES, Batcher
+from penstock.cache import ResponseCache
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS, Crew
 from penstock.messages import InferRequest, InferResponse
-from penstock.model_config import Signature, TensorSpec
-from penstock.queueing import Fifo, Pending
+from penstock.model_config import RateLimit, Signature, TensorSpec
+from penstock.queueing import Fifo, Pending, Scheduler
+from penstock.rate import RateLimiter
+from penstock.replies import InOrder, Whole
 from penstock.runtime import Instance, ModelFiles
 from penstock.statistics import Execution, Statistics
 from penstock.tensor import BYTES, Tensor, objects
@@ -37,7 +41,17 @@ class Loaded:
 class Model:
     """A version that can run. `submit` may be called on any thread."""
 
-    def __init__(self, loaded: Loaded, instances: Sequence[Instance]) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        instances: Sequence[Instance],
+        response_cache: ResponseCache | None = None,
+        limiter: RateLimiter | None = None,
+    ) -> None:
+        """`response_cache` is shared by all models; this one uses it if its configuration says so. So is `limiter`.
+
+        Raises ServingError if an instance needs more of a resource than there is.
+        """
         self.name = loaded.files.model
         self.version = str(loaded.files.version)
         self.config = loaded.config
@@ -46,11 +60,24 @@ class Model:
         self.load_s = loaded.load_s
         self.devices = tuple(dict.fromkeys(instance.device for instance in instances))
         self.decoupled = loaded.config.model_transaction_policy.decoupled
+        self.batching = model_config.batch_policy(loaded.config)
         self.statistics = Statistics()
+        self._cache = response_cache if loaded.config.response_cache.enable else None
+        self._fingerprint = cache.fingerprint(loaded.config, self.version)
+        self._most_rows = 2**63 if instances[0].streams else self.signature.max_batch_size or 2**63  # of one execution
+        self._in_order = InOrder() if self.batching and self.batching.preserve_ordering else None
         inline_bytes = self._probe(instances[0])
         self._instances = tuple(instances)
         self.streams = any(instance.streams for instance in instances)  # it may answer more than once, or later
-        self._crew = Crew(f"{self.name}-{self.version}", Fifo(), instances, self._finish, self._withdrawn)
+        self._crew = Crew(
+            f"{self.name}-{self.version}",
+            self._scheduler(),
+            instances,
+            self._finish,
+            self._withdrawn,
+            limiter,
+            _limits(loaded.config) if limiter else (),
+        )
         self._crew.allow_inline(inline_bytes)
 
     @property
@@ -73,6 +100,11 @@ class Model:
         return most if self.inline_bytes < 0 else max(most, INLINE_CONCURRENCY)
 
     @property
+    def running(self) -> int:
+        """How many requests an instance has, or has taken."""
+        return self._crew.running
+
+    @property
     def draining(self) -> bool:
         """Whether nothing more is accepted: this version was replaced, is unloaded, or the server stops."""
         return self._crew.draining
@@ -84,7 +116,59 @@ class Model:
 
     def submit(self, pending: Pending) -> None:
         """Queue an admitted request, or run it at once. Raises ServingError if it cannot be accepted."""
-        self._crew.submit(pending, _size(pending.request))
+        if self._in_order is None:
+            self._accept(pending)
+            return
+        reply = pending.reply
+        pending.reply = slot = self._in_order.slot(reply)
+        try:
+            self._accept(pending)
+        except ServingError:
+            pending.reply = reply
+            self._in_order.withdraw(slot)
+            raise
+
+    def _accept(self, pending: Pending) -> None:
+        request = pending.request
+        if self._cache is not None and not self.draining and self._answered(pending, self._cache):
+            return
+        if request.rows > self._most_rows:
+            whole = Whole(pending, self._most_rows)
+            pending.holder = whole
+            self._crew.submit_all(whole.parts)
+        else:
+            self._crew.submit(pending, _size(request))
+
+    @property
+    def caches(self) -> bool:
+        """Whether answers are kept and given again to equal requests."""
+        return self._cache is not None
+
+    def _answered(self, pending: Pending, kept: ResponseCache) -> bool:
+        """Answer from the cache, where it has the answer."""
+        request = pending.request
+        started_ns = time.monotonic_ns()
+        key = cache.key(self._fingerprint, request)
+        outputs = kept.get(key)
+        lookup_ns = time.monotonic_ns() - started_ns
+        if outputs is None:
+            self.statistics.missed(lookup_ns, 0)
+            pending.cache_key = key
+            return False
+        self.statistics.hit(lookup_ns, started_ns - pending.arrived_ns)
+        _send(pending, InferResponse(request.model, self.version, request.id, outputs))
+        return True
+
+    def _keep(self, key: bytes, response: InferResponse, kept: ResponseCache) -> None:
+        started_ns = time.monotonic_ns()
+        kept.put(key, response.outputs)
+        self.statistics.missed(0, time.monotonic_ns() - started_ns)
+
+    def _scheduler(self) -> Scheduler:
+        if self.batching is None:
+            return Fifo()
+        self.statistics.departures = dict.fromkeys(DEPARTURES, 0)
+        return Batcher(self.batching, self.statistics.departures)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
@@ -124,20 +208,28 @@ class Model:
         self, batch: Sequence[Pending], results: Sequence[InferResponse | ServingError], times: Execution
     ) -> None:
         """Turn what the instance gave into answers, count them, and send them."""
-        answers: list[InferResponse | ServingError] = []
+        answers: list[tuple[Pending, InferResponse | ServingError]] = []
         arrivals_ns: list[int] = []
-        failed_arrivals_ns: list[int] = []
-        rows: list[int] = []
+        rows = 0
         for pending, result in zip(batch, results, strict=True):
             answer = self._shaped(pending.request, result) if isinstance(result, InferResponse) else result
-            answers.append(answer)
+            if isinstance(answer, InferResponse):
+                rows += pending.request.rows
+            if pending.whole is not None:
+                whole = pending.whole.put(pending, answer)
+                if whole is None:
+                    continue
+                pending, answer = pending.whole.pending, whole
+            answers.append((pending, answer))
             if isinstance(answer, InferResponse):
                 arrivals_ns.append(pending.arrived_ns)
-                rows.append(pending.request.rows)
+                if pending.cache_key and self._cache is not None:
+                    self._keep(pending.cache_key, answer, self._cache)
             else:
-                failed_arrivals_ns.append(pending.arrived_ns)
-        self.statistics.executed(arrivals_ns, rows, failed_arrivals_ns, times)
-        for pending, answer in zip(batch, answers, strict=True):
+                self._count_failure(answer, times.ended_ns - pending.arrived_ns, "BACKEND")
+        if arrivals_ns or rows:
+            self.statistics.executed(arrivals_ns, rows, times)
+        for pending, answer in answers:
             _send(pending, answer)
 
     def _shaped(self, request: InferRequest, response: InferResponse) -> InferResponse | ServingError:
@@ -156,9 +248,22 @@ class Model:
         return response
 
     def _withdrawn(self, pending: Pending, reason: ServingError) -> None:
-        counted_as = "CANCELED" if reason.kind is Kind.CANCELLED else "REJECTED"
-        self.statistics.failed(counted_as, time.monotonic_ns() - pending.arrived_ns)
+        if pending.whole is not None:
+            if pending.whole.put(pending, reason) is None:
+                return
+            pending = pending.whole.pending
+        self._count_failure(reason, time.monotonic_ns() - pending.arrived_ns, "REJECTED")
         _send(pending, reason)
+
+    def _count_failure(self, error: ServingError, ns: int, otherwise: str) -> None:
+        gone = error.kind in (Kind.CANCELLED, Kind.DEADLINE)  # the client has cancelled, or waits no longer
+        self.statistics.failed("CANCELED" if gone else otherwise, ns)
+
+
+def _limits(config: pb.ModelConfig) -> list[RateLimit]:
+    """Of each instance, in the order in which they were opened."""
+    groups = [group for group in model_config.instance_groups(config) if not group.passive]
+    return [group.rate_limit for group in groups for _ in range(group.count * max(1, len(group.gpus)))]
 
 
 def _send(pending: Pending, answer: InferResponse | ServingError) -> None:

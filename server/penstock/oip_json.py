@@ -48,6 +48,7 @@ class Decoded:
     id: str = ""
     parameters: dict[str, Parameter] = field(default_factory=dict)
     priority: int = 0
+    timeout_us: int = 0
     sequence: messages.Sequence | None = None
     given: list[Given] = field(default_factory=list)
     outputs: list[RequestedOutput] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Decoded:
             {output.name: output for output in self.outputs},
             self.parameters,
             self.priority,
+            timeout_us=self.timeout_us,
             sequence=self.sequence,
             rows=admitted.rows,
         )
@@ -161,7 +163,7 @@ def _parameters(given: Any, decoded: Decoded) -> None:
             case "priority":
                 decoded.priority = _unsigned(value, key)
             case "timeout":
-                _unsigned(value, key)  # microseconds in the queue; without a queue policy it has no effect
+                decoded.timeout_us = _unsigned(value, key)
             case "binary_data_output":
                 decoded.forms.default = _typed(value, bool, key, "boolean")
             case _:

@@ -142,8 +142,14 @@ class Instance(Protocol):
     inputs_ready_ns: int  # monotonic, of the last `execute`: when its inputs lay where the model reads them
     outputs_came_ns: int  # monotonic, of the last `execute`: when the model was done
 
-    def execute(self, batch: Sequence[InferRequest]) -> Sequence[InferResponse | ServingError]:
-        """One answer per request, in order. Raising fails the whole batch."""
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> Sequence[InferResponse | ServingError]:
+        """One answer per request, in order. Raising fails the whole batch.
+
+        `unwanted` is set once nobody waits for any of them: then the run may end early, by raising. None for runs that
+        are known to be short.
+        """
 
     def start(self, request: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
         """Answer later, or more than once. Returns soon; only called where `streams` is true."""

@@ -75,6 +75,19 @@ class Settings:
         (), "a setting of a runtime, such as onnxruntime,intra_op_thread_count=2", "models", metavar="NAME,KEY=VALUE"
     )
 
+    rate_limit: Literal["off", "execution_count"] = _option(
+        "off", "let instances run only while the resources are free that their rate_limiter names, by its priority",
+        "models",
+    )  # fmt: skip
+    rate_limit_resource: tuple[str, ...] = _option(
+        (), "how much there is of a resource, where it is not as much as the instance asks for that asks for most",
+        "models", metavar="NAME:COUNT[:DEVICE]",
+    )  # fmt: skip
+    cache_config: str = _option(
+        "", "keep answers of models with response_cache { enable: true }, in so many bytes", "models",
+        metavar="local,size=BYTES",
+    )  # fmt: skip
+
     host: str = _option("127.0.0.1", "the address that all ports listen on; 0.0.0.0 for every interface", "listening")
     http_address: str = _option("", "the address for HTTP, where it is not --host", "listening", metavar="ADDRESS")
     http_port: int = _option(8000, "HTTP port; 0 takes a free one", "listening", metavar="PORT")
@@ -90,6 +103,10 @@ class Settings:
     announce: Literal["", "json"] = _option(
         "", "print one line on standard output when ready, naming the ports", "listening"
     )
+    metrics_config: tuple[str, ...] = _option(
+        (), "counter_latencies=false leaves Triton's cumulative durations out of the metrics, histogram_latencies=true "
+        "adds its histogram of first responses", "listening", metavar="NAME=BOOL",
+    )  # fmt: skip
     exit_timeout_secs: int = _option(
         30, "how long accepted requests may take to finish once the server is told to stop", "listening", metavar="S"
     )
@@ -248,6 +265,26 @@ class Settings:
             chosen.setdefault("default-max-batch-size", str(self.default_max_batch_size))
         return chosen
 
+    def cache_bytes(self) -> int | None:
+        """The size of the response cache; None: there is none. Raises ServingError(INVALID)."""
+        if not self.cache_config:
+            return None
+        size = self.cache_config.removeprefix("local,size=")
+        if size == self.cache_config or not (size.isascii() and size.isdigit()):
+            raise ServingError(Kind.INVALID, f"--cache-config expects local,size=BYTES, got '{self.cache_config}'")
+        return int(size)
+
+    def metrics_options(self) -> dict[str, bool]:
+        """Which families of metrics are shown that can be switched, by Triton's names. Raises ServingError(INVALID)."""
+        chosen = dict(METRICS_OPTIONS)
+        for entry in self.metrics_config:
+            name, _, value = entry.partition("=")
+            if name not in METRICS_OPTIONS or value.lower() not in BOOLS:
+                known = ", ".join(f"{option}=true|false" for option in METRICS_OPTIONS)
+                raise ServingError(Kind.INVALID, f"--metrics-config expects one of {known}, got '{entry}'")
+            chosen[name] = BOOLS[value.lower()]
+        return chosen
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -292,6 +329,7 @@ class Option:
         return text
 
 
+METRICS_OPTIONS = {"counter_latencies": True, "histogram_latencies": False}
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -407,6 +445,8 @@ def _check(settings: Settings) -> None:
         if settings.grpc_transport != "native" and value != OPTIONS[name].default:
             raise ServingError(Kind.INVALID, f"{OPTIONS[name].flag} needs --grpc-transport native")
     settings.runtime_settings("")  # raises what is wrong with an entry
+    settings.cache_bytes()
+    settings.metrics_options()
     if settings.load_model and settings.model_control_mode != "explicit":
         raise ServingError(Kind.INVALID, "--load-model needs --model-control-mode explicit")
     if "*" in settings.load_model and len(settings.load_model) > 1:

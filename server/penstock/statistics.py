@@ -2,6 +2,7 @@
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,41 @@ class Execution:
     ended_ns: int
 
 
+MS = 1_000_000
+# Bounds of the histograms of time: from what an inline model takes to what a client waits for.
+TIMES_NS = tuple(int(ms * MS) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000))
+FIRST_RESPONSE_MS = (100, 500, 2000, 5000)  # Triton's
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Histogram:
+    """How many values lay between bounds; each belongs to the first bound that it does not exceed."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self.bounds = tuple(bounds)  # ascending
+        self.counts = [0] * (len(bounds) + 1)  # the last is of values beyond all bounds
+        self.total = 0  # the sum of all values
+
+    def add(self, value: int, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
+@dataclass(slots=True)
+class Histograms:
+    """The phases of successful requests in nanoseconds, and the rows of executions."""
+
+    request: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
+    queue: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
+    compute_input: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
+    compute_infer: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
+    compute_output: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
+    rows: Histogram = field(default_factory=lambda: Histogram(ROWS))
+    first_response: Histogram = field(default_factory=lambda: Histogram(FIRST_RESPONSE_MS))  # whole milliseconds
+
+
 @dataclass(slots=True)
 class Statistics:
     """Counts of one loaded version, written once per batch under one lock. Statistics extension, response fields."""
@@ -50,46 +86,70 @@ class Statistics:
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
+    cache_hit: Duration = field(default_factory=Duration)
+    cache_miss: Duration = field(default_factory=Duration)  # looking up, and keeping the answer
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=lambda: {"REJECTED": 0, "CANCELED": 0, "BACKEND": 0, "OTHER": 0})
+    departures: dict[str, int] = field(default_factory=dict)  # of batches, by reason; written by the scheduler
+    histograms: Histograms = field(default_factory=Histograms)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def executed(
-        self, arrivals_ns: Sequence[int], rows: Sequence[int], failed_arrivals_ns: Sequence[int], times: Execution
-    ) -> None:
-        """Count one execution: when each successful request arrived and how many rows it had; when each failed arrived.
+    def executed(self, arrivals_ns: Sequence[int], rows: int, times: Execution) -> None:
+        """Count one execution: when each request that it ended well arrived, and how many rows it computed.
 
-        Every successful request of a batch adds the batch's full compute times, as Triton counts.
+        Every such request of a batch adds the batch's full compute times, as Triton counts. A part of a request has
+        rows; the request itself ends with its last part.
         """
-        number, total = len(arrivals_ns), sum(rows)
+        number = len(arrivals_ns)
         compute_input = times.inputs_ready_ns - times.started_ns
         compute_infer = times.outputs_came_ns - times.inputs_ready_ns
         compute_output = times.ended_ns - times.outputs_came_ns
+        seen = self.histograms
         with self.lock:
-            self.last_inference_ms = time.time_ns() // 1_000_000
-            if failed_arrivals_ns:
-                failed = len(failed_arrivals_ns)
-                self.fail.add(failed * times.ended_ns - sum(failed_arrivals_ns), failed)
-                self.failures["BACKEND"] += failed
+            self.last_inference_ms = time.time_ns() // MS
+            self.execution_count += 1
+            self.inference_count += rows
+            batch = self.batches.get(rows)
+            if batch is None:
+                batch = self.batches[rows] = BatchStatistics()
+            batch.compute_input.add(compute_input)
+            batch.compute_infer.add(compute_infer)
+            batch.compute_output.add(compute_output)
+            seen.rows.add(rows)
             if not number:
                 return
-            self.execution_count += 1
-            self.inference_count += total
             arrived = sum(arrivals_ns)
             self.success.add(number * times.ended_ns - arrived, number)
             self.queue.add(number * times.started_ns - arrived, number)
             self.compute_input.add(number * compute_input, number)
             self.compute_infer.add(number * compute_infer, number)
             self.compute_output.add(number * compute_output, number)
-            batch = self.batches.get(total)
-            if batch is None:
-                batch = self.batches[total] = BatchStatistics()
-            batch.compute_input.add(compute_input)
-            batch.compute_infer.add(compute_infer)
-            batch.compute_output.add(compute_output)
+            for arrived_ns in arrivals_ns:
+                seen.request.add(times.ended_ns - arrived_ns)
+                seen.first_response.add((times.ended_ns - arrived_ns) // MS)
+                seen.queue.add(times.started_ns - arrived_ns)
+            seen.compute_input.add(compute_input, number)
+            seen.compute_infer.add(compute_infer, number)
+            seen.compute_output.add(compute_output, number)
+
+    def hit(self, lookup_ns: int, queue_ns: int) -> None:
+        """Count a request that the cache answered: how long that took, and how long it had been there before."""
+        with self.lock:
+            self.cache_hit.add(lookup_ns)
+            self.queue.add(queue_ns)
+            self.success.add(queue_ns + lookup_ns)
+            self.histograms.request.add(queue_ns + lookup_ns)
+            self.histograms.first_response.add((queue_ns + lookup_ns) // MS)
+            self.histograms.queue.add(queue_ns)
+
+    def missed(self, lookup_ns: int, insertion_ns: int) -> None:
+        """Count a look-up in vain, or the time to keep the answer, which adds to that of its request."""
+        with self.lock:
+            self.cache_miss.add(lookup_ns + insertion_ns, count=0 if insertion_ns else 1)
+            self.success.add(insertion_ns, count=0)
 
     def failed(self, reason: str, ns: int) -> None:
-        """Count a request that ended without execution: why (`REJECTED`, `CANCELED`, `OTHER`), after how long."""
+        """Count a request that failed: why (`REJECTED`, `CANCELED`, `BACKEND`, `OTHER`), after how long."""
         with self.lock:
             self.fail.add(ns)
             self.failures[reason] += 1

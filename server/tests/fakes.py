@@ -94,7 +94,7 @@ class EchoInstance:
         self.closed = 0
         self._busy = threading.Lock()
 
-    def execute(self, batch: Sequence[InferRequest]) -> Sequence[Result]:
+    def execute(self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None) -> Sequence[Result]:
         assert self._busy.acquire(blocking=False), "two executions of one instance overlap"
         try:
             assert not self.closed, "an execution on a closed instance"
@@ -163,7 +163,7 @@ class StreamingInstance(EchoInstance):
         self._changed = threading.Condition()
         self._script = script
 
-    def execute(self, batch: Sequence[InferRequest]) -> Sequence[Result]:
+    def execute(self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None) -> Sequence[Result]:
         raise AssertionError("a streaming instance is started")
 
     def start(self, sent: InferRequest, reply: Reply, cancelled: Cancelled) -> None:

@@ -52,7 +52,9 @@ class Doubler:
         self.device = device
         self.seen: list[InferRequest] = []
 
-    def execute(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
         self.inputs_ready_ns = self.outputs_came_ns = time.monotonic_ns()
         self.seen.extend(batch)
         return [self.answer(request) for request in batch]
@@ -77,7 +79,9 @@ class Gated(Doubler):
         self.entered = threading.Semaphore(0)
         self.gate = threading.Event()
 
-    def execute(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
         self.entered.release()
         assert self.gate.wait(LIMIT_S)
         return super().execute(batch)
@@ -90,7 +94,9 @@ class Failing(Doubler):
         super().__init__(device="cuda:0")
         self.error = error
 
-    def execute(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
         raise self.error
 
 

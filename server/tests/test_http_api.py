@@ -48,7 +48,9 @@ class Doubler:
         self.device = device
         self.seen: list[InferRequest] = []
 
-    def execute(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
         self.inputs_ready_ns = self.outputs_came_ns = time.monotonic_ns()
         self.seen.extend(batch)
         return [self.answer(request) for request in batch]
@@ -73,7 +75,9 @@ class Gated(Doubler):
         self.entered = threading.Event()
         self.gate = threading.Event()
 
-    def execute(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
         self.entered.set()
         assert self.gate.wait(LIMIT_S)
         return super().execute(batch)
@@ -86,7 +90,9 @@ class Failing(Doubler):
         super().__init__(device="cuda:0")
         self.failure = failure
 
-    def execute(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
         if isinstance(self.failure, Exception):
             raise self.failure
         return [InferResponse("m", "1", request.id, self.failure) for request in batch]

@@ -1,5 +1,6 @@
 """Workers run batches, answer every request exactly once, and stop when they are told."""
 
+import contextlib
 import re
 import threading
 import time
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_ENDS_NS, INLINE_SLOW_RUNS, Crew
 from penstock.messages import InferRequest, InferResponse
+from penstock.model_config import RateLimit, Resource
 from penstock.queueing import Fifo, Pending, Scheduler
+from penstock.rate import RateLimiter
 from penstock.runtime import Cancelled, Instance, Reply
 from penstock.statistics import Execution
 
@@ -266,6 +269,9 @@ class Pairs(Fifo):
     def take(self, now_ns: int) -> list[Pending]:
         return super().take(now_ns) + super().take(now_ns) if len(self) >= 2 else []
 
+    def wake_at(self, now_ns: int) -> int | None:
+        return now_ns if len(self) >= 2 else None
+
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_a_wrong_number_of_results_fails_the_whole_batch(number: int) -> None:
@@ -326,13 +332,76 @@ def test_a_request_past_its_deadline_never_runs(inline: bool) -> None:
 
 
 def test_those_of_a_batch_that_nobody_wants_do_not_run_with_it() -> None:
+    class CancelledOnTheWay(Pairs):
+        def take(self, now_ns: int) -> list[Pending]:
+            batch = super().take(now_ns)
+            for one in batch[:1]:
+                one.cancelled.set(GONE)
+            return batch
+
     instance = EchoInstance()
-    with crew(instance, scheduler=Pairs()) as made:
-        late = submit(made, id="late", deadline_ns=1)[1]
+    with crew(instance, scheduler=CancelledOnTheWay()) as made:
+        gone = submit(made, id="gone")[1]
         wanted = submit(made, id="wanted")[1]
-        assert late.error().kind is Kind.DEADLINE
+        assert gone.error() is GONE
         wanted.one()
     assert instance.batches == [["wanted"]]
+
+
+def test_a_deadline_that_passes_while_all_instances_are_busy_ends_what_waits_and_tells_what_runs() -> None:
+    instance, ledger = GatedInstance(), Ledger()
+    with crew(instance, ledger=ledger) as made:
+        soon_ns = time.monotonic_ns() + 50_000_000
+        runs, running = submit(made, id="runs", deadline_ns=soon_ns)
+        told = threading.Event()
+        runs.cancelled.watch(told.set)
+        instance.wait_begun()
+        error = submit(made, id="waits", deadline_ns=soon_ns)[1].error()
+        assert error.kind is Kind.DEADLINE
+        assert told.wait(LIMIT_S)
+        instance.gate.set()
+        running.one()
+    assert instance.batches == [["runs"]]
+    assert [reason.kind for reason in ledger.withdrawn] == [Kind.DEADLINE]
+
+
+class Told(GatedInstance):
+    """Keeps what would tell it that nobody wants its batch any more."""
+
+    unwanted: Cancelled | None = None
+
+    def execute(self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None) -> Sequence[Result]:
+        self.unwanted = unwanted
+        return super().execute(batch)
+
+
+def test_a_run_is_told_once_no_request_of_its_batch_is_wanted() -> None:
+    instance = Told()
+    with crew(instance, scheduler=Pairs()) as made:
+        first, second = submit(made)[0], submit(made)[0]
+        instance.wait_begun()
+        assert instance.unwanted is not None
+        second.cancel(GONE)
+        assert not instance.unwanted
+        first.cancel(GONE)
+        assert instance.unwanted
+        instance.gate.set()
+
+
+def test_what_ends_early_because_nobody_wants_it_is_answered_with_the_reason() -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        for one in accepted:
+            one.cancel(GONE)
+        raise RuntimeError("ended early")
+
+    instance = ScriptedInstance(script)
+    accepted: list[Pending] = []
+    with crew(instance, scheduler=(pairs := Pairs())) as made:
+        answers = [Answers(), Answers()]
+        accepted += [pending(request(), answer) for answer in answers]
+        made.submit_all(accepted)
+        assert [answer.error() for answer in answers] == [GONE, GONE]
+    assert len(pairs) == 0
 
 
 def test_draining_refuses_what_is_new_and_finishes_what_was_accepted() -> None:
@@ -365,6 +434,75 @@ def test_closing_ends_the_threads_and_closes_each_instance_once() -> None:
         assert threading.active_count() == before + 2
     assert threading.active_count() == before
     assert [instance.closed for instance in instances] == [1, 1]
+
+
+# -- rates
+
+SHARED = [RateLimit((Resource("R", 1, everywhere=True),))]
+
+
+def test_instances_of_two_crews_that_share_a_resource_run_one_after_the_other() -> None:
+    limiter = RateLimiter({})
+    first, second = GatedInstance(), GatedInstance()
+    crews = [
+        Crew(name, Fifo(), [instance], Ledger().finish, Ledger().withdraw, limiter, SHARED)
+        for name, instance in (("a", first), ("b", second))
+    ]
+    running = submit(crews[0])[1]
+    first.wait_begun()
+    waiting = submit(crews[1])[1]
+    crews[1].allow_inline(4)
+    inline = submit(crews[1])[1]
+    assert (crews[1].waiting, crews[1].inline_bytes, second.batches) == (2, -1, [])
+    second.gate.set()
+    first.gate.set()
+    for answers in (running, waiting, inline):
+        answers.one()
+    for made in crews:
+        assert made.drain(LIMIT_S)
+        made.close()
+    assert len(second.batches) == 2
+
+
+def test_a_limited_crew_closes_while_others_have_all_there_is() -> None:
+    limiter = RateLimiter({})
+    held = limiter.enter("cpu", SHARED[0], lambda: None)
+    assert limiter.take(held)
+    made = Crew("m", Fifo(), [EchoInstance()], Ledger().finish, Ledger().withdraw, limiter, SHARED)
+    one, answers = submit(made)
+    one.cancel(GONE)
+    assert answers.error() is GONE
+    made.close()
+    limiter.give_back(held, ran=True)
+
+
+def test_a_turn_that_comes_when_the_work_is_gone_is_given_back() -> None:
+    limiter = RateLimiter({})
+    woken = threading.Event()
+    held = limiter.enter("cpu", SHARED[0], woken.set)
+    assert limiter.take(held)
+    with contextlib.closing(
+        Crew("m", Fifo(), [EchoInstance()], Ledger().finish, Ledger().withdraw, limiter, SHARED)
+    ) as made:
+        one, answers = submit(made)
+        limit_s = time.monotonic() + LIMIT_S
+        while not any(turn.waits for turn in limiter._turns):
+            assert time.monotonic() < limit_s
+        one.cancel(GONE)
+        answers.error()
+        limiter.give_back(held, ran=True)  # the crew's turn comes, and it has nothing to run
+        if not limiter.take(held):
+            assert woken.wait(LIMIT_S)
+
+
+def test_a_crew_that_cannot_run_leaves_nothing_behind() -> None:
+    limiter = RateLimiter({("", "R"): 1})
+    limits = [RateLimit((Resource("R", 1),)), RateLimit((Resource("R", 2),))]
+    before = threading.active_count()
+    with pytest.raises(ServingError, match="minimum required count is 2"):
+        Crew("m", Fifo(), [EchoInstance(), EchoInstance()], Ledger().finish, Ledger().withdraw, limiter, limits)
+    assert threading.active_count() == before
+    assert limiter.take(limiter.enter("cpu", limits[0], lambda: None))
 
 
 # -- instances that stream

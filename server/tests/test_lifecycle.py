@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from penstock import pb
+from penstock import model_config, pb
 from penstock.errors import Kind, ServingError
 from penstock.lifecycle import Lifecycle, State, parse_version, place, show_devices, wanted_versions
 from penstock.runtime import Placement
@@ -697,3 +697,14 @@ def test_a_model_shows_the_device_that_it_runs_on(server: Server) -> None:
     assert model.devices == ("cpu",)
     assert [pb.ModelInstanceGroup.Kind.Name(group.kind) for group in model.config.instance_group] == [CPU]
     assert {str(where) for where in server.runtime.places} == {"cpu"}
+
+
+def test_passive_groups_have_no_instances(server: Server) -> None:
+    text = 'name: "m" instance_group [ { count: 3 kind: KIND_CPU passive: true }, { count: 2 kind: KIND_CPU } ]'
+    config = configuration(text)
+    assert [str(where) for where in place(config, "cpu", [], 8)] == ["cpu", "cpu"]
+    done = show_devices(model_config.normalise(config), ["cpu", "cpu"])
+    assert [group.count for group in done.instance_group] == [3, 2]
+    config.instance_group[1].passive = True
+    kind, message = refused(lambda: place(config, "cpu", [], 8))
+    assert (kind, message) == (Kind.INVALID, "every instance group of model 'm' is passive, so none would run")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from penstock.cache import ResponseCache
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS
 from penstock.messages import InferRequest, InferResponse
@@ -87,7 +88,12 @@ def test_a_failure_is_counted_as_the_backends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "counted_as"), [(GONE, "CANCELED"), (ServingError(Kind.TIMED_OUT, "too long in the queue"), "REJECTED")]
+    ("reason", "counted_as"),
+    [
+        (GONE, "CANCELED"),
+        (ServingError(Kind.DEADLINE, "too late"), "CANCELED"),
+        (ServingError(Kind.TIMED_OUT, "too long in the queue"), "REJECTED"),
+    ],
 )
 def test_what_does_not_run_is_counted_by_its_reason(reason: ServingError, counted_as: str) -> None:
     instance = GatedInstance()
@@ -293,3 +299,215 @@ def test_devices_are_named_once_each() -> None:
     made = model(*(EchoInstance(device=device) for device in ("cuda:0", "cpu", "cuda:0")))
     close(made)
     assert made.devices == ("cuda:0", "cpu")
+
+
+# -- batching
+
+BATCHED = """
+    name: "m" backend: "fake" max_batch_size: 4 %s
+    input { name: "X" data_type: TYPE_FP32 dims: -1 }
+    output { name: "Y" data_type: TYPE_FP32 dims: -1 }
+"""
+BATCHES = BATCHED % "dynamic_batching { %s }"
+
+
+def matrix(rows: int, *tail: int, id: str = "") -> InferRequest:
+    """X of the numbers from 0 on, [rows, *tail]."""
+    sent = request(id=id)
+    sent.rows = rows
+    shape = (rows, *(tail or (1,)))
+    sent.inputs["X"].array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    return sent
+
+
+def test_what_waits_while_an_instance_is_busy_runs_together() -> None:
+    instance = GatedInstance()
+    made = model(instance, config=configuration(BATCHES % ""))
+    first = ask(made, matrix(1, id="first"))
+    instance.wait_begun()
+    waiting = [ask(made, matrix(1, id=str(number))) for number in range(6)]
+    instance.gate.set()
+    for answers in (first, *waiting):
+        answers.one()
+    close(made)
+    assert instance.batches == [["first"], ["0", "1", "2", "3"], ["4", "5"]]
+    counts = made.statistics
+    assert (counts.execution_count, counts.success.count, sorted(counts.batches)) == (3, 7, [1, 2, 4])
+    assert {reason: number for reason, number in counts.departures.items() if number} == {"idle": 2, "full": 1}
+
+
+def test_a_model_that_does_not_ask_for_batching_runs_one_by_one_and_has_no_departures() -> None:
+    instance = GatedInstance()
+    made = model(instance, config=configuration(BATCHED % ""))
+    ask(made, matrix(1, id="first"))
+    instance.wait_begun()
+    waiting = [ask(made, matrix(1, id=str(number))) for number in range(2)]
+    instance.gate.set()
+    for answers in waiting:
+        answers.one()
+    close(made)
+    assert (instance.batches, made.statistics.departures) == ([["first"], ["0"], ["1"]], {})
+
+
+def test_a_lone_request_to_a_short_model_that_batches_runs_inline_and_is_counted() -> None:
+    instance = EchoInstance()
+    made = model(instance, config=configuration(BATCHES % ""))
+    ask(made, matrix(1)).one()
+    close(made)
+    assert instance.threads[-1] == threading.get_ident()
+    assert made.statistics.departures["idle"] == 1
+
+
+def test_with_a_delay_a_lone_request_waits_as_it_was_told() -> None:
+    made = model(config=configuration(BATCHES % "max_queue_delay_microseconds: 20000"))
+    began_ns = time.monotonic_ns()
+    answers = ask(made, matrix(1))
+    assert made.waiting == 1
+    answers.one()
+    assert time.monotonic_ns() - began_ns >= 20_000_000
+    close(made)
+    assert made.statistics.departures["delay"] == 1
+
+
+def test_a_batch_that_fills_does_not_wait_for_the_delay() -> None:
+    made = model(config=configuration(BATCHES % "max_queue_delay_microseconds: 3600000000"))
+    for answers in [ask(made, matrix(1)) for _ in range(4)]:
+        answers.one()
+    close(made)
+    assert made.statistics.departures["full"] == 1
+
+
+def test_a_request_whose_time_in_the_queue_is_over_is_refused_while_the_instance_is_busy() -> None:
+    instance = GatedInstance()
+    policy = "default_queue_policy { default_timeout_microseconds: 20000 }"
+    made = model(instance, config=configuration(BATCHES % policy))
+    running = ask(made, matrix(1, id="runs"))
+    instance.wait_begun()
+    error = ask(made, matrix(1, id="waits")).error()  # though nothing takes from the queue
+    assert (error.kind, error.message) == (Kind.TIMED_OUT, "Request timeout expired")
+    assert (made.waiting, running.ended) == (0, 0)
+    instance.gate.set()
+    running.one()
+    close(made)
+    assert instance.batches == [["runs"]]
+    assert (made.statistics.failures["REJECTED"], made.statistics.fail.count) == (1, 1)
+
+
+def test_answers_leave_in_order_where_that_is_asked_for() -> None:
+    first, second = GatedInstance(), GatedInstance()
+    second.begun = first.begun
+    made = model(first, second, config=configuration(BATCHES % "preserve_ordering: true"))
+    slow = ask(made, matrix(4, id="slow"))
+    first.wait_begun()
+    fast = ask(made, matrix(4, id="fast"))
+    first.wait_begun()
+    behind = first if first.batches == [["fast"]] else second
+    behind.gate.set()
+    limit_s = time.monotonic() + LIMIT_S
+    while not made.statistics.success.count:  # it has run, and been counted
+        assert time.monotonic() < limit_s
+    assert (slow.ended, fast.ended) == (0, 0)
+    first.gate.set()
+    second.gate.set()
+    slow.one()
+    fast.one()
+    close(made)
+
+
+# -- requests larger than a batch
+
+
+@pytest.mark.parametrize("dynamic", ["", "dynamic_batching { }"])
+def test_a_request_larger_than_a_batch_runs_in_parts_and_is_counted_once(dynamic: str) -> None:
+    instance = EchoInstance(2, device="cuda:0")
+    made = model(instance, config=configuration(BATCHED % dynamic))
+    answer = ask(made, matrix(11, 2, id="large")).one()
+    close(made)
+    assert isinstance(answer, InferResponse)
+    assert answer.outputs[0].array.tolist() == (2 * np.arange(22).reshape(11, 2)).tolist()
+    counts = made.statistics
+    assert (counts.inference_count, counts.execution_count, counts.success.count) == (11, 3, 1)
+    assert {size: batch.compute_infer.count for size, batch in counts.batches.items()} == {4: 2, 3: 1}
+
+
+def test_a_part_that_fails_fails_the_request_once() -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        if batch[0].rows < 4:
+            raise RuntimeError("no luck")
+        return [EchoInstance().answer(sent) for sent in batch]
+
+    made = model(ScriptedInstance(script), config=configuration(BATCHED % ""))
+    error = ask(made, matrix(11)).error()
+    close(made)
+    assert error.kind is Kind.INTERNAL
+    counts = made.statistics
+    assert (counts.success.count, counts.fail.count, counts.failures["BACKEND"]) == (0, 1, 1)
+
+
+def test_cancelling_a_request_in_parts_ends_all_of_them() -> None:
+    instance = GatedInstance()
+    made = model(instance, config=configuration(BATCHED % ""))
+    one = pending(matrix(11), answers := Answers())
+    made.submit(one)
+    instance.wait_begun()
+    one.cancel(GONE)
+    assert answers.error() is GONE
+    assert made.waiting == 0
+    instance.gate.set()
+    close(made)
+    assert len(instance.batches) == 1
+    assert made.statistics.failures["CANCELED"] == 1
+
+
+def test_a_queue_takes_all_parts_of_a_request_or_none() -> None:
+    instance = GatedInstance()
+    made = model(instance, config=configuration(BATCHES % "default_queue_policy { max_queue_size: 2 }"))
+    ask(made, matrix(1, id="first"))
+    instance.wait_begun()
+    with pytest.raises(ServingError, match="Exceeds maximum queue size"):
+        ask(made, matrix(11))
+    assert made.waiting == 0
+    fits = ask(made, matrix(8))
+    instance.gate.set()
+    fits.one()
+    close(made)
+    assert [len(batch) for batch in instance.batches] == [1, 1, 1]
+
+
+# -- the response cache
+
+
+def test_an_equal_request_is_answered_from_the_cache_and_counted_as_a_hit() -> None:
+    instance, kept = EchoInstance(3), ResponseCache(10_000)
+    config = configuration()
+    config.response_cache.enable = True
+    made = Model(loaded(config), [instance], kept)
+    before = len(instance.batches)
+    assert ask(made, request(1, id="first")).values() == [3]
+    again = ask(made, request(1, id="again"))
+    answer = again.one()
+    close(made)
+    assert isinstance(answer, InferResponse)
+    assert (again.values(), answer.id, answer.version) == ([3], "again", "1")
+    assert len(instance.batches) == before + 1
+    counts = made.statistics
+    assert (counts.cache_hit.count, counts.cache_miss.count, counts.success.count) == (1, 1, 2)
+    assert (counts.queue.count, counts.compute_infer.count, counts.inference_count) == (2, 1, 1)
+
+
+def test_a_failure_is_not_kept() -> None:
+    config = configuration()
+    config.response_cache.enable = True
+    kept = ResponseCache(10_000)
+    made = Model(loaded(config), [ScriptedInstance(lambda batch: [GONE for _ in batch])], kept)
+    assert [ask(made, request()).error() for _ in range(2)] == [GONE, GONE]
+    close(made)
+    assert (len(kept), made.statistics.cache_miss.count) == (0, 2)
+
+
+def test_a_model_that_does_not_ask_for_the_cache_has_none() -> None:
+    made = Model(loaded(), [EchoInstance()], kept := ResponseCache(10_000))
+    for _ in range(2):
+        ask(made, request()).one()
+    close(made)
+    assert (made.caches, len(kept), made.statistics.execution_count) == (False, 0, 2)

@@ -229,3 +229,30 @@ def test_the_allocator_s_threshold_is_within_what_it_takes() -> None:
     assert from_sources({"malloc_threshold": 0}, {}).malloc_threshold == 0
     with pytest.raises(ServingError, match="--malloc-threshold expects 0 to 33554432 bytes, got 33554433"):
         from_sources({"malloc_threshold": (32 << 20) + 1}, {})
+
+
+@pytest.mark.parametrize(("text", "size"), [("", None), ("local,size=1048576", 1048576), ("local,size=0", 0)])
+def test_the_cache_has_the_size_that_it_is_told(text: str, size: int | None) -> None:
+    assert Settings(cache_config=text).cache_bytes() == size
+
+
+@pytest.mark.parametrize("text", ["local", "redis,host=x", "local,size=", "local,size=-1", "local,size=1k", "size=1"])
+def test_another_cache_is_refused(text: str) -> None:
+    with pytest.raises(ServingError) as caught:
+        from_sources({"cache_config": text}, environment={})
+    assert caught.value.message == f"--cache-config expects local,size=BYTES, got '{text}'"
+
+
+def test_metrics_are_switched_by_name() -> None:
+    assert Settings().metrics_options() == {"counter_latencies": True, "histogram_latencies": False}
+    made = Settings(metrics_config=("counter_latencies=0", "histogram_latencies=True"))
+    assert made.metrics_options() == {"counter_latencies": False, "histogram_latencies": True}
+
+
+@pytest.mark.parametrize("entry", ["summary_latencies=true", "counter_latencies", "counter_latencies=maybe", ""])
+def test_metrics_that_there_are_not_cannot_be_switched(entry: str) -> None:
+    with pytest.raises(ServingError) as caught:
+        from_sources({"metrics_config": (entry,)}, environment={})
+    assert caught.value.message == (
+        f"--metrics-config expects one of counter_latencies=true|false, histogram_latencies=true|false, got '{entry}'"
+    )

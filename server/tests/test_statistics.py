@@ -1,6 +1,6 @@
 """Counts and durations are the statistics extension's."""
 
-from penstock.statistics import Duration, Execution, Statistics
+from penstock.statistics import Duration, Execution, Histogram, Statistics
 
 TIMES = Execution(started_ns=1000, inputs_ready_ns=1010, outputs_came_ns=1110, ended_ns=1150)
 
@@ -13,7 +13,7 @@ def test_a_new_version_has_counted_nothing() -> None:
 
 def test_an_execution_is_split_into_its_phases() -> None:
     counts = Statistics()
-    counts.executed([900], [3], [], TIMES)
+    counts.executed([900], 3, TIMES)
     assert (counts.inference_count, counts.execution_count) == (3, 1)
     assert (counts.success, counts.queue) == (Duration(1, 250), Duration(1, 100))
     assert (counts.compute_input, counts.compute_infer, counts.compute_output) == (
@@ -26,7 +26,7 @@ def test_an_execution_is_split_into_its_phases() -> None:
 
 def test_every_request_of_a_batch_adds_the_whole_computation() -> None:
     counts = Statistics()
-    counts.executed([900, 950], [1, 2], [], TIMES)
+    counts.executed([900, 950], 3, TIMES)
     assert (counts.inference_count, counts.execution_count) == (3, 1)
     assert (counts.success, counts.queue) == (Duration(2, 250 + 200), Duration(2, 100 + 50))
     assert counts.compute_infer == Duration(2, 200)
@@ -35,8 +35,8 @@ def test_every_request_of_a_batch_adds_the_whole_computation() -> None:
 
 def test_batch_sizes_are_counted_apart() -> None:
     counts = Statistics()
-    for rows in ([1], [1], [2]):
-        counts.executed([900], rows, [], TIMES)
+    for rows in (1, 1, 2):
+        counts.executed([900], rows, TIMES)
     assert {size: batch.compute_output for size, batch in counts.batches.items()} == {
         1: Duration(2, 80),
         2: Duration(1, 40),
@@ -44,18 +44,29 @@ def test_batch_sizes_are_counted_apart() -> None:
     assert (counts.inference_count, counts.execution_count, counts.success.count) == (4, 3, 3)
 
 
-def test_a_failed_request_of_a_batch_touches_failures_only() -> None:
+def test_a_part_of_a_request_has_rows_and_the_request_ends_with_its_last() -> None:
     counts = Statistics()
-    counts.executed([900], [1], [800, 850], TIMES)
-    assert (counts.success.count, counts.inference_count) == (1, 1)
-    assert (counts.fail, counts.failures["BACKEND"]) == (Duration(2, 350 + 300), 2)
+    counts.executed([], 8, TIMES)
+    counts.executed([900], 3, TIMES)
+    assert (counts.inference_count, counts.execution_count, counts.success) == (11, 2, Duration(1, 250))
+    assert list(counts.batches) == [8, 3]
 
 
-def test_a_batch_that_failed_is_no_execution() -> None:
+def test_a_value_belongs_to_the_first_bound_that_it_does_not_exceed() -> None:
+    histogram = Histogram([10, 20])
+    for value in (0, 10, 11, 20, 21):
+        histogram.add(value)
+    histogram.add(15, times=2)
+    assert (histogram.counts, histogram.total) == ([2, 4, 1], 62 + 30)
+
+
+def test_every_request_is_seen_in_each_histogram_and_an_execution_in_that_of_rows() -> None:
     counts = Statistics()
-    counts.executed([], [], [900], TIMES)
-    assert (counts.execution_count, counts.batches, counts.queue) == (0, {}, Duration())
-    assert counts.fail == Duration(1, 250)
+    counts.executed([900, 950], 3, TIMES)
+    seen = counts.histograms
+    assert (seen.request.total, seen.queue.total) == (250 + 200, 100 + 50)
+    assert (seen.compute_input.total, seen.compute_infer.total, seen.compute_output.total) == (20, 200, 80)
+    assert (seen.rows.total, sum(seen.rows.counts)) == (3, 1)
 
 
 def test_a_request_that_never_ran_is_counted_by_its_reason() -> None:

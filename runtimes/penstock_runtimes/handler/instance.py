@@ -102,7 +102,11 @@ class HandlerInstance:
             self._thread.join()
             raise self._failure
 
-    def execute(self, batch: Sequence[InferRequest]) -> Sequence[InferResponse | ServingError]:  # noqa: ARG002
+    def execute(
+        self,
+        batch: Sequence[InferRequest],  # noqa: ARG002
+        unwanted: Cancelled | None = None,  # noqa: ARG002
+    ) -> Sequence[InferResponse | ServingError]:
         """Never called: see `streams`."""
         raise ServingError(Kind.UNSUPPORTED, f"model '{self._files.model}' runs in a process; use start")
 

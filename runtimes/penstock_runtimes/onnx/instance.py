@@ -32,13 +32,19 @@ class OnnxInstance:
     streams = False
 
     def __init__(
-        self, session: Any, device: str, config: pb.ModelConfig, found: OnnxSignature, run_options: Any = None
+        self,
+        session: Any,
+        device: str,
+        config: pb.ModelConfig,
+        found: OnnxSignature,
+        run_options: Callable[[], Any] | None = None,
     ) -> None:
-        """`config` is complete and agrees with what was `found` in the file; `run_options` go with every run."""
+        """`config` is complete and agrees with what was `found` in the file; `run_options` makes those of a run."""
         self.device = device
         self.inputs_ready_ns = 0
         self.outputs_came_ns = 0
-        self._run_options = run_options
+        self._make_options = run_options or onnxruntime.RunOptions
+        self._run_options = None if run_options is None else run_options()  # of runs that are not to be ended
         self._model = config.name
         self._batched = config.max_batch_size > 0
         seen = signature(config)
@@ -83,17 +89,26 @@ class OnnxInstance:
                 )
             self._session = _ThroughValues(session)
 
-    def execute(self, batch: Sequence[InferRequest]) -> Sequence[InferResponse | ServingError]:
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> Sequence[InferResponse | ServingError]:
+        options = self._run_options if unwanted is None else self._ended_by(unwanted)
         if len(batch) == 1:
-            return [self._run_one(batch[0])]
+            return [self._run_one(batch[0], options)]
         if self._batched:
             try:
-                return self._run_joined(batch)
+                return self._run_joined(batch, options)
             except ServingError as error:
-                if error.kind is not Kind.INVALID:
+                if error.kind is not Kind.INVALID or unwanted:
                     raise
         # No batch axis, or the values of one request failed the run of all: alone, each gets its own answer.
-        return [self._answer(request) for request in batch]
+        return [self._answer(request, options) for request in batch]
+
+    def _ended_by(self, unwanted: Cancelled) -> Any:
+        """Options of a run that ends once it is `unwanted`. Fresh ones: the flag stays set, for all who share them."""
+        options = self._make_options()
+        unwanted.watch(lambda: setattr(options, "terminate", True))
+        return options
 
     def start(self, request: InferRequest, reply: Reply, cancelled: Cancelled) -> None:  # noqa: ARG002 - the door's
         """Never called: an ONNX model answers once."""
@@ -102,37 +117,38 @@ class OnnxInstance:
     def close(self) -> None:
         self._session = None
 
-    def _answer(self, request: InferRequest) -> InferResponse | ServingError:
+    def _answer(self, request: InferRequest, options: Any) -> InferResponse | ServingError:
         try:
-            return self._run_one(request)
+            return self._run_one(request, options)
         except ServingError as error:
             return error
 
-    def _run_one(self, request: InferRequest) -> InferResponse:
+    def _run_one(self, request: InferRequest, options: Any) -> InferResponse:
         names = list(request.outputs) or self._names
-        return self._response(request, names, self._run(names, {n: t.array for n, t in request.inputs.items()}))
+        feed = {name: tensor.array for name, tensor in request.inputs.items()}
+        return self._response(request, names, self._run(names, feed, options))
 
-    def _run_joined(self, batch: Sequence[InferRequest]) -> list[InferResponse | ServingError]:
+    def _run_joined(self, batch: Sequence[InferRequest], options: Any) -> list[InferResponse | ServingError]:
         feed = {name: join([request.inputs[name].array for request in batch]) for name in batch[0].inputs}
         names = self._names
         if all(request.outputs for request in batch):
             asked = {name for request in batch for name in request.outputs}
             names = [name for name in names if name in asked]
         rows = [request.rows for request in batch]
-        parts = {name: split(array, rows) for name, array in zip(names, self._run(names, feed), strict=True)}
+        parts = {name: split(array, rows) for name, array in zip(names, self._run(names, feed, options), strict=True)}
         answers: list[InferResponse | ServingError] = []
         for number, request in enumerate(batch):
             chosen = list(request.outputs) or names
             answers.append(self._response(request, chosen, [parts[name][number] for name in chosen]))
         return answers
 
-    def _run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
+    def _run(self, names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
         for name, convert in self._to_model.items():
             if name in feed:  # an optional input may be absent
                 feed[name] = convert(feed[name])
         self.inputs_ready_ns = monotonic_ns()
         try:
-            arrays: list[Array] = self._session.run(names, feed, self._run_options)
+            arrays: list[Array] = self._session.run(names, feed, options)
         except Exception as error:
             raise translate(error) from error
         self.outputs_came_ns = monotonic_ns()

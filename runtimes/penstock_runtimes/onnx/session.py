@@ -128,8 +128,8 @@ def options(parameters: Parameters, level: int, threads: int) -> Any:
     return made
 
 
-def run_options(parameters: Parameters, device: str) -> Any:
-    """RunOptions of an instance that runs on `device`, or None where the defaults will do.
+def run_options(parameters: Parameters, device: str) -> Callable[[], Any] | None:
+    """What makes the RunOptions of an instance that runs on `device`; None where the defaults will do.
 
     Raises ServingError(INVALID) for a list of arenas that is none, such as ONNX Runtime would refuse with every run.
     """
@@ -142,9 +142,13 @@ def run_options(parameters: Parameters, device: str) -> Any:
         arenas = ";".join(arena for arena in arenas.split(";") if arena.startswith("cpu"))
         if not arenas:
             return None
-    made = onnxruntime.RunOptions()
-    made.add_run_config_entry(_SHRINKAGE, arenas)
-    return made
+
+    def make() -> Any:
+        made = onnxruntime.RunOptions()
+        made.add_run_config_entry(_SHRINKAGE, arenas)
+        return made
+
+    return make
 
 
 # ONNX Runtime's exceptions have no common base. Their text begins with the code: `[ONNXRuntimeError] : 2 : INVALID_…`.

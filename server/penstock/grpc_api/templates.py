@@ -92,6 +92,7 @@ class Template:
     outputs: dict[str, RequestedOutput]
     rows: int
     priority: int
+    timeout_us: int
 
     def fill(self, parts: Parts) -> InferRequest | None:
         """The request that the message holds; None where its data is not what the key promises."""
@@ -107,7 +108,7 @@ class Template:
         except UnicodeDecodeError:
             return None
         return InferRequest(
-            self.model, self.version, id, inputs, self.outputs, {}, self.priority, 0, None, self.rows
+            self.model, self.version, id, inputs, self.outputs, {}, self.priority, 0, self.timeout_us, None, self.rows
         )  # fmt: skip
 
 
@@ -133,5 +134,12 @@ class Templates:
         if len(self._known) >= KEPT:
             self._known.clear()
         self._known[parts.key] = Template(
-            request.model, request.version, signature, tuple(inputs), request.outputs, request.rows, request.priority
+            request.model,
+            request.version,
+            signature,
+            tuple(inputs),
+            request.outputs,
+            request.rows,
+            request.priority,
+            request.timeout_us,
         )

@@ -35,7 +35,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "sequence_start": ("bool_param",),
     "sequence_end": ("bool_param",),
     "priority": ("int64_param", "uint64_param"),
-    "timeout": ("int64_param",),  # microseconds in the queue; without a queue policy it has no effect
+    "timeout": ("int64_param",),  # microseconds in the queue
     "triton_enable_empty_final_response": ("bool_param",),  # of a stream
 }
 PLAIN = ("int64_param", "bool_param", "string_param", "double_param")
@@ -58,6 +58,7 @@ def decode(message: pb.ModelInferRequest, signature: Signature, max_tensors: int
         {output.name: output for output in outputs},
         parameters={key: value for key, value in values.items() if key not in PARAMETERS},
         priority=int(values.get("priority", 0)),
+        timeout_us=int(values.get("timeout", 0)),
         sequence=_sequence(values) if "sequence_id" in values else None,
         rows=admitted.rows,
     )

@@ -1,25 +1,41 @@
 """Model configuration: `config.pbtxt` or JSON, its defaults and checks, and the frozen records the hot path reads.
 
 A load takes the steps in this order: `read`, `identify`, `refuse_unsupported`, `validate`, the runtime's completion,
-`normalise`, `validate` once more as complete, `signature` and `instance_groups`. Every step leaves its argument as
-it is.
+`normalise`, `validate` once more as complete, and then what reads it: `signature`, `batch_policy`, `instance_groups`.
+Every step leaves its argument as it is.
 """
 
 from penstock.model_config.checks import validate
 from penstock.model_config.completion import Choice, Note, identify, normalise, unheard
 from penstock.model_config.reading import read, read_json, read_text, to_json, to_text
-from penstock.model_config.records import InstanceGroup, Signature, TensorSpec, instance_groups, signature
+from penstock.model_config.records import (
+    BatchPolicy,
+    InstanceGroup,
+    QueuePolicy,
+    RateLimit,
+    Resource,
+    Signature,
+    TensorSpec,
+    batch_policy,
+    instance_groups,
+    signature,
+)
 from penstock.model_config.support import FIELDS, Field, Support, markdown, refuse_unsupported
 
 __all__ = [
     "FIELDS",
+    "BatchPolicy",
     "Choice",
     "Field",
     "InstanceGroup",
     "Note",
+    "QueuePolicy",
+    "RateLimit",
+    "Resource",
     "Signature",
     "Support",
     "TensorSpec",
+    "batch_policy",
     "identify",
     "instance_groups",
     "markdown",

@@ -13,6 +13,7 @@ from penstock.errors import Kind, ServingError
 from penstock.model_config.completion import BACKENDS, ENSEMBLE
 from penstock.model_config.records import DATATYPE_OF
 
+MOST_LEVELS = 1000  # of priority, each of which has a queue
 MIN_COMPUTE_CAPABILITY = "6.0"
 
 Control = pb.ModelSequenceBatching.Control
@@ -114,6 +115,8 @@ def _dynamic_batching(config: pb.ModelConfig) -> Iterator[str]:
     batching, levels = config.dynamic_batching, config.dynamic_batching.priority_levels
     yield from _preferred_sizes(config, "dynamic", batching.preferred_batch_size)
     if levels:
+        if levels > MOST_LEVELS:
+            yield f"priority levels must be <= {MOST_LEVELS}, got {levels} for {config.name}"
         if not 1 <= batching.default_priority_level <= levels:
             yield f"default priority level must be in range [1, {levels}] for {config.name}"
         if not all(1 <= level <= levels for level in batching.priority_queue_policy):

@@ -35,6 +35,46 @@ class Signature:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """How requests of one priority level wait."""
+
+    timeout_ns: int = 0  # in the queue; 0: none
+    delays: bool = False  # what has timed out goes behind the others of its level, instead of being refused
+    may_shorten: bool = False  # whether a request's own `timeout` counts, where it is the shorter one
+    max_size: int = 0  # requests that wait; 0: any number
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPolicy:
+    """What may run together, and how long it waits for more. Message `ModelDynamicBatching`."""
+
+    max_rows: int  # of a batch
+    preferred_rows: tuple[int, ...] = ()  # sizes at which a batch leaves at once
+    delay_ns: int = 0  # that the oldest request waits for the batch to grow
+    preserve_ordering: bool = False  # answers leave in the order of their requests
+    levels: tuple[QueuePolicy, ...] = (QueuePolicy(),)  # by priority, the most urgent first
+    default_level: int = 0  # index into `levels`
+    varying: tuple[str, ...] = ()  # inputs that requests may have in different shapes, or leave out
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """So much of something that an instance needs while it runs."""
+
+    name: str
+    count: int
+    everywhere: bool = False  # there is one pool for the server, and not one for each device
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """When an instance may run, where rates are limited. Message `ModelRateLimiter`."""
+
+    resources: tuple[Resource, ...] = ()
+    priority: int = 1  # 2 runs half as often as 1
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceGroup:
     """Instances on one kind of device."""
 
@@ -42,6 +82,8 @@ class InstanceGroup:
     kind: str  # KIND_CPU, KIND_GPU or KIND_MODEL
     count: int  # on each GPU, or in total
     gpus: tuple[int, ...]
+    passive: bool = False  # its instances are not opened
+    rate_limit: RateLimit = RateLimit()
 
 
 def signature(config: pb.ModelConfig, labels: Mapping[str, tuple[str, ...]] | None = None) -> Signature:
@@ -68,6 +110,45 @@ def signature(config: pb.ModelConfig, labels: Mapping[str, tuple[str, ...]] | No
 def instance_groups(config: pb.ModelConfig) -> tuple[InstanceGroup, ...]:
     """The instance groups of a complete and valid configuration."""
     return tuple(
-        InstanceGroup(group.name, pb.ModelInstanceGroup.Kind.Name(group.kind), group.count, tuple(group.gpus))
+        InstanceGroup(
+            group.name,
+            pb.ModelInstanceGroup.Kind.Name(group.kind),
+            group.count,
+            tuple(group.gpus),
+            group.passive,
+            _rate_limit(group.rate_limiter),
+        )
         for group in config.instance_group
     )
+
+
+def batch_policy(config: pb.ModelConfig) -> BatchPolicy | None:
+    """How a complete and valid configuration batches; None where requests run one by one, in their order."""
+    if not config.HasField("dynamic_batching"):
+        return None
+    batching = config.dynamic_batching
+    numbers = range(1, max(1, batching.priority_levels) + 1)
+    stated = batching.priority_queue_policy
+    return BatchPolicy(
+        max_rows=max(1, config.max_batch_size),
+        preferred_rows=tuple(batching.preferred_batch_size),
+        delay_ns=batching.max_queue_delay_microseconds * 1000,
+        preserve_ordering=batching.preserve_ordering,
+        levels=tuple(_queue_policy(stated.get(number, batching.default_queue_policy)) for number in numbers),
+        default_level=max(0, batching.default_priority_level - 1),
+        varying=tuple(tensor.name for tensor in config.input if tensor.optional or any(dim < 0 for dim in tensor.dims)),
+    )
+
+
+def _queue_policy(policy: pb.ModelQueuePolicy) -> QueuePolicy:
+    return QueuePolicy(
+        timeout_ns=policy.default_timeout_microseconds * 1000,
+        delays=policy.timeout_action == pb.ModelQueuePolicy.DELAY,
+        may_shorten=policy.allow_timeout_override,
+        max_size=policy.max_queue_size,
+    )
+
+
+def _rate_limit(limiter: pb.ModelRateLimiter) -> RateLimit:
+    resources = [Resource(entry.name, entry.count, getattr(entry, "global")) for entry in limiter.resources]
+    return RateLimit(tuple(resources), limiter.priority or 1)

@@ -41,7 +41,6 @@ def _refused(path: str, note: str) -> Field:
 
 
 _ENGINE = "a setting of TensorRT engine files, which Penstock does not serve"
-_ONE_BY_ONE = "until then requests run one by one, with the same answers"
 
 FIELDS: dict[str, Field] = {
     row.path: row
@@ -85,32 +84,49 @@ FIELDS: dict[str, Field] = {
         _done("optimization.input_pinned_memory.enable", "a hint: ONNX Runtime stages copies by itself"),
         _done("optimization.output_pinned_memory.enable", "a hint: ONNX Runtime stages copies by itself"),
         _refused("optimization.gather_kernel_buffer_threshold", "tunes a CUDA kernel that only Triton has"),
-        _planned("optimization.eager_batching", _ONE_BY_ONE, only_slower=True),
-        _planned("dynamic_batching", _ONE_BY_ONE, only_slower=True, presence=True),
-        _planned("dynamic_batching.preferred_batch_size", _ONE_BY_ONE, only_slower=True),
-        _planned("dynamic_batching.max_queue_delay_microseconds", _ONE_BY_ONE, only_slower=True),
-        _planned("dynamic_batching.preserve_ordering"),
-        _planned("dynamic_batching.priority_levels"),
-        _planned("dynamic_batching.default_priority_level"),
-        _planned("dynamic_batching.default_queue_policy"),
-        _planned("dynamic_batching.priority_queue_policy"),
+        _planned("optimization.eager_batching", "batches are joined once their instance is free", only_slower=True),
+        _done("dynamic_batching.preferred_batch_size"),
+        _done("dynamic_batching.max_queue_delay_microseconds"),
+        _done("dynamic_batching.preserve_ordering"),
+        _done("dynamic_batching.priority_levels"),
+        _done("dynamic_batching.default_priority_level"),
+        *(
+            _done(f"dynamic_batching.{policy}.{name}", note)
+            for policy in ("default_queue_policy", "priority_queue_policy")
+            for name, note in (
+                ("timeout_action", ""),
+                ("default_timeout_microseconds", "exact, also while all instances are busy"),
+                ("allow_timeout_override", "a request may shorten the timeout"),
+                ("max_queue_size", "exact"),
+            )
+        ),
         _planned("sequence_batching", presence=True),
         _planned("ensemble_scheduling", presence=True),
         _done("instance_group.name"),
         _done("instance_group.kind"),
         _done("instance_group.count"),
-        _planned("instance_group.rate_limiter"),
+        _done("instance_group.rate_limiter.resources.name", "with `--rate-limit execution_count`"),
+        _done("instance_group.rate_limiter.resources.global"),
+        _done("instance_group.rate_limiter.resources.count"),
+        _done("instance_group.rate_limiter.priority"),
         _done("instance_group.gpus"),
         _refused("instance_group.secondary_devices", _ENGINE),
         _refused("instance_group.profile", _ENGINE),
-        _planned("instance_group.passive"),
+        _done("instance_group.passive", "its instances are not opened"),
         _planned("instance_group.host_policy"),
         _done("default_model_filename"),
         _planned("cc_model_filenames"),
         _planned("metric_tags"),
         _done("parameters.string_value", "settings of the runtime, by key; keys it does not know are information"),
-        _planned("parameters[split_oversized]", "a request over `max_batch_size` is refused until then"),
-        _planned("model_warmup"),
+        _done("parameters[split_oversized]", "a request over `max_batch_size` runs in parts instead of being refused"),
+        _done("model_warmup.name"),
+        _done("model_warmup.batch_size", "0 skips the sample"),
+        _done("model_warmup.inputs.data_type"),
+        _done("model_warmup.inputs.dims"),
+        _done("model_warmup.inputs.zero_data"),
+        _done("model_warmup.inputs.random_data", "numbers from 0 to 1, any integers; of BYTES, empty elements"),
+        _done("model_warmup.inputs.input_data_file", "one row, below `warmup/` in the model's directory"),
+        _done("model_warmup.count"),
         _planned("model_operations"),
         Field(
             "model_transaction_policy.decoupled",
@@ -119,7 +135,7 @@ FIELDS: dict[str, Field] = {
             refused_by="onnxruntime",
         ),
         _refused("model_repository_agents", "agents are shared libraries of Triton"),
-        _planned("response_cache.enable"),
+        _done("response_cache.enable", "needs `--cache-config`"),
         _planned("model_metrics"),
     )
 }
@@ -156,15 +172,10 @@ def _unsupported(message: Message, prefix: str, backend: str) -> Iterator[Field]
         is_done = row is None or (row.support is Support.DONE and not (backend and row.refused_by == backend))
         if row and not is_done and (effective or row.presence):
             yield row
-        if field.name == "parameters" and not prefix:
-            yield from (row for key, parameter in value.items() if (row := _parameter(key, parameter.string_value)))
-        elif field.message_type and (row is None or row.only_slower):
-            for item in value if field.is_repeated else [value]:
+        if field.message_type and (row is None or row.only_slower):
+            keyed = field.message_type.GetOptions().map_entry
+            for item in value.values() if keyed else value if field.is_repeated else [value]:
                 yield from _unsupported(item, f"{prefix}{field.name}.", backend)
-
-
-def _parameter(key: str, value: str) -> Field | None:
-    return FIELDS.get(f"parameters[{key}]") if value.lower() in ("1", "true") else None
 
 
 def markdown() -> str:

@@ -1,0 +1,170 @@
+"""Requests that run together get what each would get alone; a run that nobody waits for any more ends."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from penstock.batching import DEPARTURES, Batcher
+from penstock.errors import Kind, ServingError
+from penstock.messages import InferRequest, InferResponse
+from penstock.model_config import BatchPolicy
+from penstock.queueing import Pending
+from penstock.runtime import PLENTY, Cancelled
+from penstock.tensor import FP32, Tensor
+from penstock_runtimes.onnx.instance import OnnxInstance
+
+from .test_onnx_instance import load, request
+
+GONE = ServingError(Kind.CANCELLED, "gone")
+
+# Operators that give the same bits however many rows there are, from [rows,3] to [rows,3]; each takes X, or X and Z.
+OPERATORS: dict[str, int] = {"Add": 2, "Mul": 2, "Sub": 2, "Relu": 1, "Neg": 1, "Abs": 1, "Floor": 1, "Max": 2}
+
+
+def chain(path: Path, operators: list[str]) -> Path:
+    """A model that applies the operators one after the other: V0 = X, V<n> = operator(V<n-1>[, Z]); outputs Y and W."""
+    nodes = [
+        helper.make_node(name, [f"V{number}", "Z"][: OPERATORS[name]], [f"V{number + 1}"])
+        for number, name in enumerate(operators)
+    ]
+    shape: list[str | int | None] = ["batch", 3]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Identity", ["X"], ["V0"]),
+            *nodes,
+            helper.make_node("Identity", [f"V{len(operators)}"], ["Y"]),
+            helper.make_node("ReduceSum", ["V0", "axis"], ["W"], keepdims=1),
+        ],
+        "chain",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("X", "Z")],
+        [
+            helper.make_tensor_value_info("Y", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("W", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [numpy_helper.from_array(np.array([1], np.int64), "axis")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path / "m.onnx")
+    return path / "m.onnx"
+
+
+def sent(inputs: dict[str, NDArray[np.float32]], outputs: list[str]) -> Pending:
+    return Pending(request(inputs, outputs), lambda result, final=True, partial=False: PLENTY, Cancelled(), 0)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    operators=st.lists(st.sampled_from([*OPERATORS]), min_size=1, max_size=4),
+    mix=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([[], ["Y"], ["W", "Y"]])), min_size=1, max_size=8),
+    seed=st.integers(0, 2**16),
+)
+def test_batched_equals_unbatched_bit_for_bit(
+    tmp_path: Path, operators: list[str], mix: list[tuple[int, list[str]]], seed: int
+) -> None:
+    instance = load(chain(tmp_path, operators))
+    random = np.random.default_rng(seed)
+    batcher = Batcher(BatchPolicy(8), dict.fromkeys(DEPARTURES, 0))
+    waiting = [
+        sent({name: random.normal(size=(rows, 3)).astype(np.float32) for name in ("X", "Z")}, outputs)
+        for rows, outputs in mix
+    ]
+    for pending in waiting:
+        batcher.add(pending, now_ns=0)
+    together: list[InferResponse | ServingError] = []
+    while batch := batcher.take(now_ns=0):
+        together += instance.execute([pending.request for pending in batch])
+    assert len(together) == len(waiting)
+    for pending, answer in zip(waiting, together, strict=True):
+        [alone] = instance.execute([pending.request])
+        assert isinstance(answer, InferResponse)
+        assert isinstance(alone, InferResponse)
+        assert [output.name for output in answer.outputs] == [output.name for output in alone.outputs]
+        for batched, single in zip(answer.outputs, alone.outputs, strict=True):
+            assert batched.array.shape == single.array.shape
+            assert batched.array.tobytes() == single.array.tobytes()
+
+
+# -- ending a run
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> OnnxInstance:
+    """Y = X after as many steps of about a millisecond as X says; no batch axis."""
+    square = [256, 256]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["still"]), helper.make_node("MatMul", ["power", "power"], ["next"])],
+        "step",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("power", TensorProto.FLOAT, square),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, square),
+        ],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Squeeze", ["X"], ["number"]),
+            helper.make_node("Cast", ["number"], ["steps"], to=TensorProto.INT64),
+            helper.make_node("Mul", ["X", "zero"], ["nothing"]),
+            helper.make_node("Expand", ["nothing", "side"], ["start"]),
+            helper.make_node("Loop", ["steps", "true", "start"], ["end"], body=body),
+            helper.make_node("ReduceMax", ["end"], ["late"], keepdims=0),
+            helper.make_node("Add", ["X", "late"], ["Y"]),
+        ],
+        "slow",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [1])],
+        [
+            numpy_helper.from_array(np.array(0, np.float32), "zero"),
+            numpy_helper.from_array(np.array(square, np.int64), "side"),
+            numpy_helper.from_array(np.array(True), "true"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx")
+    return load(tmp_path / "m.onnx")
+
+
+def steps(number: float) -> InferRequest:
+    return InferRequest("m", "", "", {"X": Tensor("X", FP32, np.array([number], np.float32))}, {})
+
+
+def test_a_run_ends_once_it_is_unwanted_and_the_next_is_not_touched(slow: OnnxInstance) -> None:
+    unwanted = Cancelled()
+    timer = threading.Timer(0.05, unwanted.set, [GONE])
+    timer.start()
+    began_s = time.monotonic()
+    with pytest.raises(ServingError, match="terminate"):
+        slow.execute([steps(1e6)], unwanted)  # a quarter of an hour, if nobody ended it
+    assert time.monotonic() - began_s < 30
+    timer.join()
+    slow.execute([steps(0)], Cancelled())
+    with pytest.raises(ServingError, match="terminate"):
+        slow.execute([steps(1e6)], unwanted)  # also after a short run
+    [answer] = slow.execute([steps(2)], Cancelled())
+    assert isinstance(answer, InferResponse)
+    assert answer.outputs[0].array.tolist() == [2]
+
+
+def test_a_run_that_was_unwanted_before_it_began_ends_at_once(slow: OnnxInstance) -> None:
+    unwanted = Cancelled()
+    unwanted.set(GONE)
+    with pytest.raises(ServingError, match="terminate"):
+        slow.execute([steps(1e6)], unwanted)
+
+
+def test_an_ended_batch_is_not_run_one_by_one(slow: OnnxInstance) -> None:
+    unwanted = Cancelled()
+    unwanted.set(GONE)
+    answers = slow.execute([steps(1e6), steps(1e6)], unwanted)
+    assert all(isinstance(answer, ServingError) and "terminate" in answer.message for answer in answers)
