@@ -10,7 +10,7 @@ TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
-.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-clients conformance-mlserver torture fuzz kills bench wheel clean
+.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-clients conformance-mlserver torture fuzz kills bench gpu-check wheel clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{split($$1, name, ":"); printf "  make %-13s %s\n", name[1], $$2}'
@@ -73,6 +73,11 @@ fuzz: setup-check ## so many broken requests over JSON, binary framing, protobuf
 
 bench: setup-check ## the standard load, into BENCHMARKS.md; PERF_ANALYZER=path adds NVIDIA's client, ARGS=--no-record only looks
 	$(BIN)/python -m conformance_tests.benchmarks.standard $(ARGS)
+
+# With the environment of `make setup` where there is one, with PYTHON as it is where that was given or there is none.
+GPU_PYTHON = $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
+gpu-check: ## what only a GPU can prove, into BENCHMARKS.md; no set-up needed. PYTHON= names another, ARGS=--only=device a part
+	PYTHONPATH=.:server:runtimes$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m conformance_tests.gpu $(ARGS)
 
 format: setup-check ## put code into the project's form
 	$(BIN)/ruff check --fix-only .

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,7 @@ STOP_LIMIT_S = 40.0
 SAMPLES = Path(__file__).parents[1] / "model_repository"
 HANDLERS = Path(__file__).parent / "models" / "handlers"
 PENSTOCK = Path(sys.executable).with_name("penstock")
+COMMAND = [str(PENSTOCK)] if PENSTOCK.exists() else [sys.executable, "-m", "penstock.cli"]  # where it is not installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +70,26 @@ class Target:
 
 
 @contextlib.contextmanager
-def penstock(repositories: Sequence[Path], log: Path, *options: str) -> Iterator[Running]:
-    """`penstock serve` on free ports, from its announcement until the end of the block."""
+def penstock(
+    repositories: Sequence[Path],
+    log: Path,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    limit_s: float = START_LIMIT_S,
+) -> Iterator[Running]:
+    """`penstock serve` on free ports, from its announcement until the end of the block.
+
+    `environment` holds variables that it is given beside this process's; it may take `limit_s` to load its models.
+    """
     command = serve(repositories, *options)
-    process = spawn(command, log)
+    process = spawn(command, log, environment)
     assert process.stdout is not None
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # The pipe is read to its end, so that nothing the server prints later can fill it and block the server.
     reader = threading.Thread(target=_read, args=[process.stdout, lines])
     reader.start()
     try:
-        running = _announced(process, lines, log, command)
+        running = _announced(process, lines, log, command, limit_s)
         yield running
         if process.poll() is None:
             running.stop()
@@ -93,15 +103,15 @@ def penstock(repositories: Sequence[Path], log: Path, *options: str) -> Iterator
 
 def serve(repositories: Sequence[Path], *options: str) -> list[str]:
     """The command that serves on free ports."""
-    command = [str(PENSTOCK), "serve"]
+    command = [*COMMAND, "serve"]
     for repository in repositories:
         command += ["--model-repository", str(repository)]
     return [*command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--announce", "json", *options]
 
 
-def spawn(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def spawn(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a server whose errors go to `log`, and whose jobs lie beside it unless an option says otherwise."""
-    state = os.environ | {"XDG_STATE_HOME": str(log.parent)}
+    state = os.environ | {"XDG_STATE_HOME": str(log.parent)} | dict(environment or {})
     with log.open("ab") as errors:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=state)
 
@@ -114,10 +124,14 @@ def _read(pipe: IO[bytes], lines: "queue.SimpleQueue[bytes]") -> None:
 
 
 def _announced(
-    process: subprocess.Popen[bytes], lines: "queue.SimpleQueue[bytes]", log: Path, command: Sequence[str]
+    process: subprocess.Popen[bytes],
+    lines: "queue.SimpleQueue[bytes]",
+    log: Path,
+    command: Sequence[str],
+    limit_s: float,
 ) -> Running:
     try:
-        line = lines.get(timeout=START_LIMIT_S)
+        line = lines.get(timeout=limit_s)
         doors = json.loads(line)
     except (queue.Empty, ValueError) as error:
         raise RuntimeError(f"{' '.join(command)} did not announce its ports\n{log.read_text()}") from error

@@ -47,6 +47,9 @@ def make_fixtures(directory: Path) -> None:
       on one instance; batched as BATCHING says under the names there
     - cached: FP32 OUTPUT0 = INPUT0 and OUTPUT1 = -INPUT0 [rows,columns], with the response cache
     - warmed: `failing`, warmed up with zeros, random numbers of no rows, and a file of indices that are valid
+    - halves: INPUT0 FP16 and INPUT1 BF16 [rows,columns]; OUTPUT0 is INPUT0 as BF16, OUTPUT1 is INPUT1 as FP16
+    - quantised_qdq: FP32 [rows,4] to [rows,2] through a product of INT8 weights and numbers rounded to quarters
+    - quantised_qlinear: the same product in whole numbers, UINT8 to UINT8
     - latest_version: y = version · x, FP32 [length], in versions 2, 9 and 10 and no configuration: 10 serves.
       Its directories 03 and notes are no versions
     - latest_two: the same in versions 1, 2 and 3, the highest two served
@@ -59,7 +62,9 @@ def make_fixtures(directory: Path) -> None:
     _identity("identity_rank4_fp32", TensorProto.FLOAT, ("images", "channels", "height", "width")).write(directory)
     _identity("fixed_shape", TensorProto.FLOAT, (2, 3)).write(directory)
     _identity("batched_identity_fp32", TensorProto.FLOAT, ("batch", 4)).write(directory)
-    for model in (_two_inputs_mixed(), _string_classes(), _slow_matmul(), _slow_loop(), _failing()):
+    for model in (_two_inputs_mixed(), _string_classes(), _slow_matmul(), _slow_loop(), _failing(), _halves()):
+        Directory(model.graph.name, {"1/model.onnx": model}).write(directory)
+    for model in (_quantised_qdq(), _quantised_qlinear()):
         Directory(model.graph.name, {"1/model.onnx": model}).write(directory)
     _optional_input().write(directory)
     _cached().write(directory)
@@ -316,6 +321,53 @@ def _slow_rows() -> ModelProto:
         [tensor("INPUT0", TensorProto.FLOAT, rows)],
         [tensor("OUTPUT0", TensorProto.FLOAT, rows)],
         {"zero": np.float32(0), "one": np.float32(1), "side": np.array(SQUARE, np.int64), "true": np.bool_(True)},
+    )
+
+
+def _halves() -> ModelProto:
+    return graph(
+        "halves",
+        [
+            node("Cast", "INPUT0", "OUTPUT0", to=TensorProto.BFLOAT16),
+            node("Cast", "INPUT1", "OUTPUT1", to=TensorProto.FLOAT16),
+        ],
+        [tensor("INPUT0", TensorProto.FLOAT16, MATRIX), tensor("INPUT1", TensorProto.BFLOAT16, MATRIX)],
+        [tensor("OUTPUT0", TensorProto.BFLOAT16, MATRIX), tensor("OUTPUT1", TensorProto.FLOAT16, MATRIX)],
+    )
+
+
+WEIGHTS = np.array([[1, -2], [3, 4], [-5, 6], [7, -8]], np.int8)
+QUARTER: dict[str, np.generic] = {
+    "scale": np.float32(0.25),
+    "one": np.float32(1),
+    "middle": np.uint8(128),
+    "zero": np.int8(0),
+}
+
+
+def _quantised_qdq() -> ModelProto:
+    """As tools for quantising write it: what a number was rounded to, as a floating-point number."""
+    return graph(
+        "quantised_qdq",
+        [
+            node("QuantizeLinear", "INPUT0 scale middle", "whole"),
+            node("DequantizeLinear", "whole scale middle", "rounded"),
+            node("DequantizeLinear", "weights one zero", "factors"),
+            node("MatMul", "rounded factors", "OUTPUT0"),
+        ],
+        [tensor("INPUT0", TensorProto.FLOAT, ("rows", 4))],
+        [tensor("OUTPUT0", TensorProto.FLOAT, ("rows", 2))],
+        {"weights": WEIGHTS, **QUARTER},
+    )
+
+
+def _quantised_qlinear() -> ModelProto:
+    return graph(
+        "quantised_qlinear",
+        [node("QLinearMatMul", "INPUT0 scale middle weights one zero one middle", "OUTPUT0")],
+        [tensor("INPUT0", TensorProto.UINT8, ("rows", 4))],
+        [tensor("OUTPUT0", TensorProto.UINT8, ("rows", 2))],
+        {"weights": WEIGHTS, **QUARTER},
     )
 
 

@@ -1,9 +1,11 @@
 import importlib.metadata
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
 from penstock import pb
+from penstock.devices import Driver, Gpu
 from penstock.errors import Kind, ServingError
 from penstock.runtime import Placement
 from penstock_runtimes.onnx import providers
@@ -16,6 +18,9 @@ ON_CPU, ON_GPU = Placement("cpu"), Placement("cuda", 3)
 # What the loader of shared libraries said where they were not there.
 NO_DRIVER = "libcuda.so.1: cannot open shared object file: No such file or directory"
 NO_CUBLAS = "libcublasLt.so.13: cannot open shared object file: No such file or directory"
+
+
+ON_CUDA_13 = Driver("580.1", (13, 0), (Gpu(0, "A GPU", "9.0", 1 << 30),))
 
 
 def configuration(text: str) -> pb.ModelConfig:
@@ -105,11 +110,26 @@ def test_a_precision_mode_of_tensorrt_is_one_option(mode: str, options: dict[str
         ("arena_extend_strategy", "1", "kSameAsRequested"),
         ("gpu_mem_limit", "2147483648", "2147483648"),
         ("do_copy_in_default_stream", "false", "0"),
+        ("use_tf32", "0", "0"),
+        ("cudnn_conv_use_max_workspace", "True", "1"),
     ],
 )
 def test_a_model_parameter_is_a_cuda_option_in_tritons_values(key: str, value: str, option: str) -> None:
     config = configuration(parameter(key, value))
     assert providers.wanted(config, ON_GPU, {})[0] == (CUDA, {key: option, "device_id": "3"})
+
+
+def test_cuda_graphs_are_a_parameter_or_an_option_of_the_accelerator() -> None:
+    by_option = gpu('{ name: "cuda" parameters { key: "enable_cuda_graph" value: "true" } }')
+    for config in (configuration(parameter("cuda_graph", "true")), by_option):
+        assert providers.wanted(config, ON_GPU, {})[0] == (CUDA, {"enable_cuda_graph": "1", "device_id": "3"})
+
+
+def test_an_instance_computes_on_the_stream_that_it_is_given() -> None:
+    assert providers.wanted(configuration(""), ON_GPU, {}, stream=4096)[0] == (
+        CUDA,
+        {"device_id": "3", "user_compute_stream": "4096"},
+    )
 
 
 def test_a_model_parameter_beats_the_accelerator_which_beats_the_default() -> None:
@@ -145,6 +165,14 @@ def test_a_model_parameter_beats_the_accelerator_which_beats_the_default() -> No
         (
             gpu('{ name: "cuda" parameters { key: "use_ep_level_unified_stream" value: "maybe" } }'),
             "model 'm': parameter 'use_ep_level_unified_stream' expects 0, 1, true or false, got 'maybe'",
+        ),
+        (
+            gpu('{ name: "cuda" parameters { key: "device_id" value: "1" } }'),
+            "model 'm': parameter 'device_id' of CUDA is the server's to set",
+        ),
+        (
+            gpu('{ name: "cuda" parameters { key: "fast" value: "1" } }'),
+            "unknown parameter 'fast' is provided for CUDA Execution Accelerator",
         ),
         (
             configuration(parameter("cudnn_conv_algo_search", "3")),
@@ -221,12 +249,46 @@ def test_a_build_without_cuda_is_told_from_one_that_cannot_load_it() -> None:
     ],
 )
 def test_what_keeps_cuda_from_loading_is_named(faults: dict[str, str], explained: str) -> None:
-    assert providers.explain(CUDA, GPU_BUILD, loader(**faults)) == explained
+    no_driver = Driver(fault=f"the NVIDIA driver is not there ({NO_DRIVER})")
+    shown = no_driver if "libcuda.so.1" in faults else ON_CUDA_13
+    assert providers.explain(CUDA, GPU_BUILD, loader(**faults), lambda: shown, "13.0") == explained
+
+
+@pytest.mark.parametrize(
+    ("driver", "explained"),
+    [
+        (
+            Driver("550.54", (12, 4), fault=""),
+            "the NVIDIA driver 550.54 runs programs of CUDA 12.4 and older, and this build of ONNX Runtime needs CUDA "
+            "13: install driver 580 or newer, or the build for CUDA 12 that server/docs/gpu.md names",
+        ),
+        (Driver("580.1", (13, 0), fault="the NVIDIA driver shows no GPU"), "the NVIDIA driver shows no GPU"),
+    ],
+)
+def test_a_driver_that_will_not_do_is_named_with_the_one_that_would(driver: Driver, explained: str) -> None:
+    assert providers.explain(CUDA, GPU_BUILD, loader(), lambda: driver, "13.0") == explained
+
+
+@pytest.mark.parametrize(("cuda", "old"), [("13.0", True), ("12.8", False), ("", False)])
+def test_a_driver_is_too_old_by_the_major_version_of_cuda(cuda: str, old: bool) -> None:
+    assert bool(providers.too_old(Driver("550.54", (12, 4)), cuda)) is old
+    assert providers.too_old(Driver(), cuda) == ""
 
 
 def test_a_missing_library_of_tensorrt_is_named_without_the_hint_for_cuda() -> None:
     fault = "libnvinfer.so.10: cannot open shared object file: No such file or directory"
-    assert providers.explain(TENSORRT, GPU_BUILD, loader(providers_tensorrt=fault)) == f"a library is missing ({fault})"
+    explained = providers.explain(TENSORRT, GPU_BUILD, loader(providers_tensorrt=fault), lambda: ON_CUDA_13, "13.0")
+    assert explained == f"a library is missing ({fault})"
+
+
+def test_libraries_are_loaded_from_nvidias_packages_wherever_they_lie(tmp_path: Path) -> None:
+    there = [tmp_path / "a" / "cu13" / "lib" / "libcublas.so.13", tmp_path / "b" / "cudnn" / "lib" / "libcudnn.so.9"]
+    for path in (*there, tmp_path / "b" / "cudnn" / "lib" / "libother.so"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    loaded: list[str] = []
+    providers.load_packaged(13, [str(tmp_path / "a"), str(tmp_path / "b")], loaded.append)
+    assert loaded == [str(path) for path in there]
 
 
 def test_preparing_prints_nothing_whatever_is_installed(capfd: pytest.CaptureFixture[str]) -> None:

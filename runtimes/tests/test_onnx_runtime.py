@@ -11,7 +11,10 @@ from penstock import model_config, pb
 from penstock.errors import Kind, ServingError
 from penstock.runtime import ModelFiles, Placement, find
 from penstock_runtimes.onnx import OnnxRuntime, session
+from penstock_runtimes.onnx.memory import CudaMemory
 from penstock_runtimes.onnx.runtime import SETTINGS
+
+from .fakes_cuda import FakeCudart
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "model_repository"
@@ -27,7 +30,13 @@ class Builds:
         self.threads: list[int] = []
 
     def __call__(
-        self, files: ModelFiles, config: pb.ModelConfig, place: Placement, defaults: Mapping[str, str]
+        self,
+        files: ModelFiles,
+        config: pb.ModelConfig,
+        place: Placement,
+        defaults: Mapping[str, str],
+        *,
+        stream: int = 0,
     ) -> tuple[Any, str]:
         built, _ = session.build(files, config, Placement("cpu", threads=place.threads), defaults)
         self.made.append(weakref.ref(built))
@@ -138,6 +147,73 @@ def test_each_instance_on_a_gpu_has_a_session_of_its_own_and_the_first_the_one_t
     for instance in instances:
         instance.close()
     assert builds.alive == 0
+
+
+class OnTheCpu(CudaMemory):
+    """CUDA's, for a session on the CPU: the fake's device memory is the host's."""
+
+    device = "cpu"
+
+
+class Streams:
+    """Gives each instance memory of a fake GPU, and builds sessions that tell which stream they were given."""
+
+    def __init__(self, got: str = "") -> None:
+        self.cudart = FakeCudart(eager=True)
+        self.builds = Builds(got)
+        self.made: list[tuple[str, int]] = []  # place and stream of each session
+
+    def on(self, place: Placement) -> OnTheCpu:
+        return OnTheCpu(place.device_id, lambda name: self.cudart, "13.0")
+
+    def build(self, files: ModelFiles, config: pb.ModelConfig, place: Placement, defaults: Any, *, stream: int) -> Any:
+        self.made.append((str(place), stream))
+        return self.builds(files, config, place, defaults)
+
+
+def test_each_instance_on_a_gpu_computes_on_a_stream_of_its_own() -> None:
+    streams = Streams()
+    runtime = OnnxRuntime({}, streams.build, streams.on)
+    files, config = sample("simple")
+    places = [Placement("cuda", 0), Placement("cuda", 0), Placement("cuda", 1)]
+    done = runtime.complete(files, config, places[0])
+    instances = [runtime.open(files, done, place, None) for place in places]
+    assert [place for place, _ in streams.made] == ["cuda:0", "cuda:0", "cuda:1"]
+    assert {stream for _, stream in streams.made} == streams.cudart.streams
+    assert len(streams.cudart.streams) == 3
+    for instance in instances:
+        instance.close()
+    assert (streams.cudart.streams, streams.cudart.memory, streams.builds.alive) == (set(), {}, 0)
+
+
+def test_the_stream_of_a_gpu_that_a_session_has_not_got_is_let_go_of() -> None:
+    streams = Streams(got="cpu")
+    runtime = OnnxRuntime({}, streams.build, streams.on)
+    files, config = sample("simple")
+    runtime.complete(files, config, Placement("cuda", may_fall_back=True))
+    assert (len(streams.made), streams.cudart.streams) == (1, set())
+
+
+@pytest.mark.parametrize(("value", "streams"), [("0", 0), ("1", 1)])
+def test_io_binding_may_be_switched_off(value: str, streams: int) -> None:
+    fake = Streams()
+    runtime = OnnxRuntime({"io_binding": value}, fake.build, fake.on)
+    files, config = sample("simple")
+    instance = runtime.open(files, runtime.complete(files, config, Placement("cuda")), Placement("cuda"), None)
+    assert len(fake.cudart.streams) == streams
+    assert [stream != 0 for _, stream in fake.made] == [bool(streams)]
+    instance.close()
+
+
+@pytest.mark.parametrize("off", [{"io_binding": "0"}, {}])
+def test_a_cuda_graph_needs_bound_tensors_of_fixed_shapes(off: dict[str, str]) -> None:
+    fake = Streams()
+    runtime = OnnxRuntime({"cuda_graph": "1", **off}, fake.build, fake.on)
+    files, config = sample("matmul" if not off else "simple")  # matmul's shapes are open
+    place = Placement("cuda")
+    done = runtime.complete(files, config, place)
+    with pytest.raises(ServingError, match="a CUDA graph needs io_binding" if off else "a CUDA graph has fixed shapes"):
+        runtime.open(files, done, place, None)
 
 
 def test_instances_that_fell_back_to_the_cpu_share_a_session_too() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import penstock
-from penstock import bench, client, inspection, keys_command, triton_flags
+from penstock import bench, client, doctor, inspection, keys_command, triton_flags
 from penstock import settings as options
 from penstock.client import jobs_command
 from penstock.errors import Kind, ServingError
@@ -72,6 +72,10 @@ def _keys(arguments: argparse.Namespace) -> int:
     return keys_command.run(arguments, _settings(arguments))
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    return doctor.run(arguments, _settings(arguments))
+
+
 def _settings(arguments: argparse.Namespace, repositories: Sequence[str] = ()) -> Settings:
     """From flags, environment and file. Raises ServingError."""
     flags = {name: value for name, value in vars(arguments).items() if name in OPTIONS and value is not None}
@@ -109,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_options(load)
     load.set_defaults(command=_bench, operands="")
     _add_loading(load, LOADING)
+    check = commands.add_parser("doctor", allow_abbrev=False, help="tell what this machine can serve on, and why not")
+    doctor.add_options(check)
+    check.set_defaults(command=_doctor)
+    _add_loading(check, ("device",))
     jobs = commands.add_parser("jobs", allow_abbrev=False, help="hand in, list, watch and end jobs of a server")
     jobs_command.add_options(jobs)
     jobs.set_defaults(command=jobs_command.run)

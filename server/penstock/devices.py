@@ -2,7 +2,18 @@
 
 import ctypes
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any, TypeAlias
+
+DRIVER = "libcuda.so.1"  # comes with NVIDIA's driver, never with CUDA
+NVML = "libnvidia-ml.so.1"  # likewise; it alone tells the driver's own version
+
+Load: TypeAlias = Callable[[str], Any]  # loads a shared library, or raises OSError
+
+_COMPUTE_CAPABILITY = (75, 76)  # CUdevice_attribute: major, minor
+_TEXT_BYTES = 96
 
 
 def cpu_count() -> int:
@@ -21,14 +32,74 @@ def within_quota(cores: int, cpu_max: str) -> int:
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A CUDA device, by the number that this process knows it by."""
+
+    number: int
+    name: str
+    capability: str  # of computing, such as "9.0"
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """NVIDIA's driver, as it shows itself to this process."""
+
+    version: str = ""  # such as "580.159.03"; "" where nothing tells it
+    cuda: tuple[int, int] = (0, 0)  # the newest CUDA whose programs it runs; (0, 0) where there is no driver
+    gpus: tuple[Gpu, ...] = ()
+    fault: str = ""  # why it shows no GPU
+
+
+def driver(load: Load = ctypes.CDLL) -> Driver:
+    """Ask the driver. Never raises: what is wrong with it is its `fault`."""
+    try:
+        library = load(DRIVER)
+    except OSError as error:
+        return Driver(fault=f"the NVIDIA driver is not there ({error})")
+    number = ctypes.c_int(0)
+    library.cuDriverGetVersion(ctypes.byref(number))
+    cuda = (number.value // 1000, number.value % 1000 // 10)
+    version = _version(load)
+    if status := library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(number)):
+        return Driver(version, cuda, fault=f"the NVIDIA driver shows no GPU ({_error_name(library, status)})")
+    gpus = tuple(_gpu(library, index) for index in range(number.value))
+    return Driver(version, cuda, gpus, "" if gpus else "the NVIDIA driver shows no GPU")
+
+
+def _version(load: Load) -> str:
+    try:
+        nvml = load(NVML)
+    except OSError:
+        return ""
+    text = ctypes.create_string_buffer(_TEXT_BYTES)
+    if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, _TEXT_BYTES):
+        return ""
+    return text.value.decode()
+
+
+def _error_name(library: Any, status: int) -> str:
+    text = ctypes.c_char_p()
+    if library.cuGetErrorName(status, ctypes.byref(text)) or text.value is None:
+        return f"CUDA error {status}"
+    return text.value.decode()
+
+
+def _gpu(library: Any, index: int) -> Gpu:
+    device, size, part = ctypes.c_int(), ctypes.c_size_t(), ctypes.c_int()
+    name = ctypes.create_string_buffer(_TEXT_BYTES)
+    library.cuDeviceGet(ctypes.byref(device), index)
+    library.cuDeviceGetName(name, _TEXT_BYTES, device)
+    library.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    capability = []
+    for attribute in _COMPUTE_CAPABILITY:
+        library.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
+        capability.append(str(part.value))
+    return Gpu(index, name.value.decode(), ".".join(capability), size.value)
+
+
 @cache
 def gpu_count() -> int:
     """CUDA devices that the NVIDIA driver shows to this process; 0 where there is no driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    number = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(number)) != 0:
-        return 0
-    return number.value
+    return len(driver().gpus)

@@ -41,6 +41,16 @@ class ServingError(Exception):
         return ServingError, (self.kind, self.message)
 
 
+class DeviceLostError(ServingError):
+    """A device failed so that nothing in this process can use it any more: INTERNAL, and only a new process helps."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Kind.INTERNAL, message)
+
+    def __reduce__(self) -> tuple[type["DeviceLostError"], tuple[str]]:  # type: ignore[override]
+        return DeviceLostError, (self.message,)
+
+
 class WorkerLostError(ServingError):
     """The process that ran a request has ended before it answered: UNAVAILABLE, to be tried again.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from penstock import model_config, pb, rate, repository, warmup
 from penstock.cache import ResponseCache
 from penstock.devices import cpu_count, gpu_count
-from penstock.errors import Kind, ServingError
+from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.model import Loaded, Model
 from penstock.model_config import Note, unheard
 from penstock.rate import RateLimiter
@@ -82,6 +82,7 @@ class Lifecycle:
         self._watchers: dict[object, Callable[[], None]] = {}
         self._started = False
         self._exiting = False
+        self._device_lost = ""  # why no model can run on a GPU any more, until this process ends
         workers = settings.model_load_thread_count
         self._models_pool = ThreadPoolExecutor(workers, thread_name_prefix="load-model")
         self._versions_pool = ThreadPoolExecutor(workers, thread_name_prefix="load-version")
@@ -190,6 +191,11 @@ class Lifecycle:
     def exiting(self) -> bool:
         return self._exiting
 
+    @property
+    def device_lost(self) -> str:
+        """Why no model can run on a GPU any more; "" while that is not so."""
+        return self._device_lost
+
     def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
         """Call `changed`, on any thread, after each change of a state. Returns the function that ends that."""
         key = object()
@@ -256,6 +262,29 @@ class Lifecycle:
                 retired = [record for record in entry.versions.values() if record.state is State.READY]
                 self._publish(name, entry, retired)
             self._release(name, retired)
+
+    def lose_device(self, lost: Model, error: DeviceLostError) -> None:
+        """End the versions that shared a GPU's context with the one that lost it; what runs on the CPU goes on.
+
+        Called on the thread that ran the request, which gets its answer before this version is released.
+        """
+        gone: dict[str, list[Record]] = {}
+        with self._lock:
+            first = not self._device_lost
+            self._device_lost = self._device_lost or error.message
+            for name, entry in self._entries.items():
+                for record in entry.versions.values():
+                    if record.state is State.READY and record.model is not None and record.model.shares_gpu(lost):
+                        gone.setdefault(name, []).append(record)
+            for name, records in gone.items():
+                self._publish(name, self._entries[name], records)
+                for record in records:
+                    record.state, record.reason = State.UNAVAILABLE, error.message
+        if first:
+            logger.error("%s; %s. Only a new process can use it again", error.message, _ended(gone))
+        for name, records in gone.items():
+            self._release(name, records)
+        self._notify()
 
     def stop(self, timeout_s: float) -> bool:
         """Refuse new work, finish what was accepted, release all models. False when time ran out first."""
@@ -402,7 +431,7 @@ class Lifecycle:
         with self._lock:
             record.model = None
             record.state = State.UNAVAILABLE
-            record.reason = UNLOADED
+            record.reason = record.reason or UNLOADED
             self._retiring.discard(record)
         self._notify()
 
@@ -419,6 +448,8 @@ class Lifecycle:
             logger.warning("%s", warning)
         model_config.validate(stated, gpus)
         places = place(stated, self._settings.device, gpus, cpu_count(), files.note)
+        if self._device_lost and any(placement.device == "cuda" for placement in places):
+            raise ServingError(Kind.UNAVAILABLE, f"{self._device_lost}; the server must be started anew")
         runtime = self._runtime(stated.backend)
         done = stated
         if not self._settings.disable_auto_complete_config:
@@ -449,7 +480,11 @@ class Lifecycle:
                 logger.warning("model '%s' asks for the response cache, which needs --cache-config", source.name)
             warmup.run(done, signature, source.directory, instances)
             return Model(
-                Loaded(files, done, signature, time.monotonic() - started_s), instances, self.cache, self._limiter
+                Loaded(files, done, signature, time.monotonic() - started_s),
+                instances,
+                self.cache,
+                self._limiter,
+                self.lose_device,
             )
         except BaseException:
             for instance in instances:
@@ -461,6 +496,10 @@ class Lifecycle:
             if name not in self._runtimes:
                 self._runtimes[name] = self._find_runtime(name, self._settings.runtime_settings(name))
             return self._runtimes[name]
+
+
+def _ended(records: dict[str, list[Record]]) -> str:
+    return f"no longer served: {', '.join(sorted(records)) or 'none'}"
 
 
 def _splits(config: pb.ModelConfig) -> bool:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from penstock.cache import ResponseCache
 from penstock.engine import Engine
+from penstock.gpu_metrics import GpuMetrics
 from penstock.model import Model
 from penstock.statistics import Histogram, Histograms
 
@@ -210,12 +211,18 @@ FAMILIES = (
 )
 
 
-def render(engine: Engine) -> bytes:
+def render(engine: Engine, gpus: GpuMetrics | None = None) -> bytes:
     """Every metric that has a series, in Prometheus' text format."""
     kept = engine.lifecycle.cache
     shown = engine.settings.metrics_options()
     families = [family for family in FAMILIES if not family.option or shown[family.option]]
-    return "".join((*_lines(families, engine.lifecycle.models()), *(_cache_lines(kept) if kept else ()))).encode()
+    return "".join(
+        (
+            *_lines(families, engine.lifecycle.models()),
+            *(_cache_lines(kept) if kept else ()),
+            gpus.render() if gpus else "",
+        )
+    ).encode()
 
 
 CACHE_GAUGES: tuple[tuple[str, str, Callable[[ResponseCache], float]], ...] = (

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from penstock import cache, classification, model_config, pb
 from penstock.batching import DEPARTURES, Batcher
 from penstock.cache import ResponseCache
-from penstock.errors import Kind, ServingError
+from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS, Crew
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit, Signature, TensorSpec
@@ -47,8 +47,10 @@ class Model:
         instances: Sequence[Instance],
         response_cache: ResponseCache | None = None,
         limiter: RateLimiter | None = None,
+        lose_device: "Callable[[Model, DeviceLostError], None] | None" = None,
     ) -> None:
         """`response_cache` is shared by all models; this one uses it if its configuration says so. So is `limiter`.
+        `lose_device` is told of every answer that says that a GPU is lost, before that answer is sent.
 
         Raises ServingError if an instance needs more of a resource than there is.
         """
@@ -62,6 +64,7 @@ class Model:
         self.decoupled = loaded.config.model_transaction_policy.decoupled
         self.batching = model_config.batch_policy(loaded.config)
         self.statistics = Statistics()
+        self._lose_device = lose_device
         self._cache = response_cache if loaded.config.response_cache.enable else None
         self._fingerprint = cache.fingerprint(loaded.config, self.version)
         self._most_rows = 2**63 if instances[0].streams else self.signature.max_batch_size or 2**63  # of one execution
@@ -170,6 +173,13 @@ class Model:
         self.statistics.departures = dict.fromkeys(DEPARTURES, 0)
         return Batcher(self.batching, self.statistics.departures)
 
+    def shares_gpu(self, other: "Model") -> bool:
+        """Whether an error that cost `other` its GPU's context costs this version its own: each process has one.
+
+        Runtimes are told apart, for one may run its models in processes of their own.
+        """
+        return self.config.backend == other.config.backend and any(device != "cpu" for device in self.devices)
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
         return self._crew.drain(timeout_s)
@@ -227,6 +237,8 @@ class Model:
                     self._keep(pending.cache_key, answer, self._cache)
             else:
                 self._count_failure(answer, times.ended_ns - pending.arrived_ns, "BACKEND")
+                if isinstance(answer, DeviceLostError) and self._lose_device is not None:
+                    self._lose_device(self, answer)
         if arrivals_ns or rows:
             self.statistics.executed(arrivals_ns, rows, times)
         for pending, answer in answers:

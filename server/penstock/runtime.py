@@ -6,7 +6,7 @@ A runtime is a class that takes its settings (`--backend-config NAME,KEY=VALUE`)
 
 import importlib.metadata
 import threading
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -17,6 +17,7 @@ from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import Choice
 
 GROUP = "penstock.runtimes"
+DOCTORS = "penstock.doctors"  # entry points that are Diagnose functions
 
 
 @dataclass(slots=True)
@@ -190,3 +191,24 @@ def find(name: str, settings: Mapping[str, str]) -> Runtime:
             return runtime
     known = ", ".join(sorted(point.name for point in points)) or "none"
     raise ServingError(Kind.INVALID, f"no runtime for backend '{name}' is installed; there are: {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that was looked at on this machine, for `penstock doctor`."""
+
+    section: str
+    name: str
+    value: str  # what was found; "" where that says less than the fault
+    fault: str = ""  # what is wrong, and what helps
+    stops: tuple[str, ...] = ()  # the devices, "cpu" or "cuda", that cannot serve while it has a fault
+
+
+Diagnose: TypeAlias = Callable[
+    [Sequence[int]], Iterable[Finding]
+]  # takes the numbers of the GPUs that the driver shows
+
+
+def doctors() -> list[Diagnose]:
+    """Of every runtime that can tell what it needs from a machine, the function that looks for it."""
+    return [point.load() for point in importlib.metadata.entry_points(group=DOCTORS)]

@@ -30,7 +30,7 @@ from penstock.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-OK, FAILED = 0, 1
+OK, FAILED, DEVICE_LOST = 0, 1, 3
 JOBS_SHARE = 0.8  # of the time to stop: jobs that run longer go back to the queue while their senders can be told
 
 
@@ -60,16 +60,18 @@ def run(settings: Settings) -> int:
     if settings.malloc_threshold:
         allocator.keep_blocks(settings.malloc_threshold)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(_serve(settings))
-        if status != OK:
-            # Threads that still load or run a model cannot be ended, and the interpreter would wait for them.
+        status, lost = runner.run(_serve(settings))
+        if status != OK or lost:
+            # Threads that still load or run a model cannot be ended, and the interpreter would wait for them. Nor can
+            # what lies on a lost GPU be released.
             logging.shutdown()
             sys.stdout.flush()
             os._exit(status)
     return status
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings) -> tuple[int, bool]:
+    """The exit status, and whether a GPU was lost."""
     if not settings.model_repository:
         raise ServingError(Kind.INVALID, "--model-repository must be specified")
     _check_addresses(settings)
@@ -93,16 +95,18 @@ async def _serve(settings: Settings) -> int:
     door = Door(engine, grpc_guard)
     loading = loop.run_in_executor(None, engine.lifecycle.start)
     stopping = asyncio.ensure_future(stop.wait())
+    if settings.exit_on_device_error:
+        engine.lifecycle.watch(lambda: _on_change(engine, loop, stop))
     await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         logger.warning("stopped while models were loading")
-        return FAILED
+        return FAILED, False
     loading.result()
     failures = engine.lifecycle.failures()
     if failures and settings.exit_on_error:
         logger.error("failed to load all models; --exit-on-error false would serve the others")
         await asyncio.to_thread(engine.lifecycle.stop, 0.0)
-        return FAILED
+        return FAILED, False
 
     if jobs is not None:
         await jobs.start()
@@ -129,15 +133,24 @@ async def _serve(settings: Settings) -> int:
         await jobs.close()
     left_s = max(0.0, settings.exit_timeout_secs - (time.monotonic() - started_s))
     drained = await asyncio.to_thread(engine.lifecycle.stop, left_s)
+    lost = bool(engine.lifecycle.device_lost)
+    if lost and settings.exit_on_device_error:
+        return DEVICE_LOST, lost
     if finished and drained:
-        return OK
+        return OK, lost
     logger.error("Exit timeout expired. Exiting immediately.")
-    return FAILED
+    return FAILED, lost
 
 
 def _on_signal(number: int, stop: asyncio.Event) -> None:
     logger.info("Signal (%d) received.", number)
     stop.set()
+
+
+def _on_change(engine: Engine, loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """On any thread, after a model's state has changed."""
+    if engine.lifecycle.device_lost:
+        loop.call_soon_threadsafe(stop.set)
 
 
 async def _listening(doors: Doors, serving: Sequence["asyncio.Task[None]"]) -> None:

@@ -57,6 +57,10 @@ class Settings:
         (), "a model to load at start in explicit mode; '*' alone means all", "models", metavar="NAME"
     )
     exit_on_error: bool = _option(True, "exit when a model fails to load at start", "models")
+    exit_on_device_error: bool = _option(
+        False, "end with status 3 when a GPU is lost to this process, so that a supervisor starts it anew; else models "
+        "on the CPU go on", "models",
+    )  # fmt: skip
     strict_readiness: bool = _option(True, "be ready only while every model that was loaded is", "models")
     disable_auto_complete_config: bool = _option(False, "require a complete config.pbtxt of every model", "models")
     model_config_name: str = _option(
@@ -103,6 +107,7 @@ class Settings:
     announce: Literal["", "json"] = _option(
         "", "print one line on standard output when ready, naming the ports", "listening"
     )
+    allow_gpu_metrics: bool = _option(True, "tell the GPUs' memory, load and power too, where NVML does", "listening")
     metrics_config: tuple[str, ...] = _option(
         (), "counter_latencies=false leaves Triton's cumulative durations out of the metrics, histogram_latencies=true "
         "adds its histogram of first responses", "listening", metavar="NAME=BOOL",

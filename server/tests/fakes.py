@@ -8,7 +8,7 @@ from time import monotonic_ns
 import numpy as np
 from google.protobuf import text_format
 from penstock import model_config, pb
-from penstock.errors import Kind, ServingError
+from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.messages import InferRequest, InferResponse, RequestedOutput
 from penstock.model import Loaded, Model
 from penstock.queueing import Pending
@@ -149,6 +149,18 @@ class ScriptedInstance(EchoInstance):
         return self._script(batch)
 
 
+class FragileInstance(EchoInstance):
+    """A GPU that is lost when it is given a negative number."""
+
+    def __init__(self, scale: float = 1) -> None:
+        super().__init__(scale, "cuda:0")
+
+    def answer(self, sent: InferRequest) -> InferResponse:
+        if (sent.inputs["X"].array < 0).any():
+            raise DeviceLostError("cuda:0 is lost")
+        return super().answer(sent)
+
+
 class StreamingInstance(EchoInstance):
     """Keeps what is started until the test replies, or lets `script` reply."""
 
@@ -190,7 +202,8 @@ def model(*instances: Instance, config: pb.ModelConfig | None = None) -> Model:
 
 
 class FakeRuntime:
-    """Models are text files: `scale 2` multiplies, `gated 2` does so once its gate opens, `broken` and `crash` fail.
+    """Models are text files: `scale 2` multiplies, `gated 2` does so once its gate opens, `broken` and `crash` fail;
+    `fragile 2` does so on a GPU until that is lost.
 
     `loads` opens the gate that models called `waits` wait for while they load.
     """
@@ -226,8 +239,12 @@ class FakeRuntime:
         if kind == "waits":
             self.loading.release()
             assert self.loads.wait(LIMIT_S)
-        made = GatedInstance if kind == "gated" else EchoInstance
-        instance = made(float(scale or 1), device=str(place))
+        instance: EchoInstance
+        if kind == "fragile":
+            instance = FragileInstance(float(scale or 1))
+        else:
+            made = GatedInstance if kind == "gated" else EchoInstance
+            instance = made(float(scale or 1), device=str(place))
         if kind == "gated" and place.device == "cpu":
             instance.device = "cuda:0"  # so that nothing runs on it before the test lets it
         self.places.append(place)

@@ -3,7 +3,9 @@
 import os
 
 import pytest
-from penstock.devices import cpu_count, gpu_count, within_quota
+from penstock.devices import DRIVER, NVML, Driver, Gpu, cpu_count, driver, gpu_count, within_quota
+
+from .fakes_nvidia import FakeDriver, loader
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,29 @@ def test_this_process_has_a_core_and_no_more_than_its_affinity_allows() -> None:
 
 def test_gpus_are_counted_with_or_without_a_driver() -> None:
     assert gpu_count() >= 0
+
+
+H200 = Gpu(0, "NVIDIA H200", "9.0", 143771 << 20)
+
+
+def test_the_driver_tells_its_version_and_its_gpus() -> None:
+    fake = FakeDriver(13000, [("NVIDIA H200", 143771 << 20, (9, 0)), ("NVIDIA A100", 40 << 30, (8, 0))])
+    shown = driver(loader({DRIVER: fake, NVML: fake}))
+    assert shown == Driver("580.159.03", (13, 0), (H200, Gpu(1, "NVIDIA A100", "8.0", 40 << 30)))
+
+
+def test_a_machine_without_a_driver_says_so() -> None:
+    fault = "the NVIDIA driver is not there (libcuda.so.1: cannot open shared object file: No such file or directory)"
+    assert driver(loader({})) == Driver(fault=fault)
+
+
+@pytest.mark.parametrize(
+    ("status", "named"), [(100, "CUDA_ERROR_NO_DEVICE"), (999, "CUDA error 999")], ids=["named", "unnamed"]
+)
+def test_a_driver_that_does_not_start_says_why_and_still_tells_its_cuda(status: int, named: str) -> None:
+    shown = driver(loader({DRIVER: FakeDriver(12040, init_status=status)}))
+    assert shown == Driver("", (12, 4), (), f"the NVIDIA driver shows no GPU ({named})")
+
+
+def test_a_driver_without_a_gpu_says_so() -> None:
+    assert driver(loader({DRIVER: FakeDriver(13000)})).fault == "the NVIDIA driver shows no GPU"

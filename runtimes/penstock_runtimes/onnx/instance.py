@@ -1,21 +1,29 @@
 """One instance of an ONNX model: requests in, one run, responses out."""
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from time import monotonic_ns
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime
 from penstock import pb
-from penstock.errors import Kind, ServingError
+from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import signature
 from penstock.runtime import Cancelled, Reply
 from penstock.tensor import BF16, BYTES, Array, Tensor, join, objects, split
 
+from penstock_runtimes.onnx.binding import Binding
+from penstock_runtimes.onnx.faults import Context
+from penstock_runtimes.onnx.idle import SHRINKAGE, Rest
+from penstock_runtimes.onnx.memory import Memory
 from penstock_runtimes.onnx.session import translate
 from penstock_runtimes.onnx.signature import Key, OnnxSignature, OnnxTensor
+
+logger = logging.getLogger(__name__)
 
 BFLOAT16 = 16  # TensorProto.DataType
 
@@ -38,8 +46,16 @@ class OnnxInstance:
         config: pb.ModelConfig,
         found: OnnxSignature,
         run_options: Callable[[], Any] | None = None,
+        binding: Binding | None = None,
+        memory: Memory | None = None,
+        context: Context | None = None,
+        rest_ns: int = 0,
     ) -> None:
-        """`config` is complete and agrees with what was `found` in the file; `run_options` makes those of a run."""
+        """`config` is complete and agrees with what was `found` in the file; `run_options` makes those of a run.
+
+        With a `binding`, tensors lie on the device. The instance owns it and the `memory` from now on.
+        After `rest_ns` without a run it is to be asked to `shrink`; 0 for never.
+        """
         self.device = device
         self.inputs_ready_ns = 0
         self.outputs_came_ns = 0
@@ -62,7 +78,7 @@ class OnnxInstance:
                 steps.append(_to_shape(()))  # a scalar that the configuration calls [1]
             if spec.datatype is BYTES:
                 steps.append(_decode_strings(entry.name, config.name))
-            elif spec.datatype is BF16:
+            elif spec.datatype is BF16 and binding is None:
                 steps.append(_to_value)
             if steps:
                 self._to_model[entry.name] = _chain(steps)
@@ -79,8 +95,14 @@ class OnnxInstance:
                 steps.append(_to_shape((1,)))
             if steps:
                 self._from_model[output.name] = _chain(steps)
-        self._session = session
-        if any(spec.datatype is BF16 for spec in seen.outputs.values()):
+        self._session = session if binding is None else binding
+        self._binding = binding
+        self._memory = memory
+        self._join = join if binding is None else binding.join
+        self._context = context or Context()
+        self.rest_ns = rest_ns
+        self._rest = Rest(rest_ns, device) if rest_ns else None
+        if binding is None and any(spec.datatype is BF16 for spec in seen.outputs.values()):
             if any(spec.datatype is BYTES for spec in seen.inputs.values()):
                 raise ServingError(
                     Kind.UNSUPPORTED,
@@ -115,7 +137,35 @@ class OnnxInstance:
         raise ServingError(Kind.UNSUPPORTED, f"model '{self._model}' answers once; use execute")
 
     def close(self) -> None:
-        self._session = None
+        with self._rest.busy if self._rest is not None else nullcontext():
+            self._close()
+
+    def _close(self) -> None:
+        session, binding, self._session, self._binding = self._session, self._binding, None, None
+        if self._context.lost and self.device != "cpu":
+            self._context.keep(session, binding, self._memory)
+            return
+        if binding is not None:
+            binding.close()
+        del session, binding
+        if self._memory is not None:
+            self._memory.close()  # and the stream with it, on which the session computed
+
+    def shrink(self, now_ns: int) -> None:
+        """Give memory back to the device, if nothing has run for `rest_ns`. May be called on any thread."""
+        rest = self._rest
+        if rest is None or not rest.is_due(self.outputs_came_ns, now_ns):
+            return
+        with rest.busy:
+            if self._session is None or self._context.lost or not rest.is_due(self.outputs_came_ns, now_ns):
+                return
+            options = self._make_options()
+            options.add_run_config_entry(SHRINKAGE, rest.arena)
+            try:
+                self._session.run(rest.names, rest.feed, options)
+            except Exception as error:  # noqa: BLE001 - nobody waits for this run
+                logger.warning("model %s cannot give memory back: %s", self._model, translate(error).message)
+            rest.shrunk_ns = monotonic_ns()
 
     def _answer(self, request: InferRequest, options: Any) -> InferResponse | ServingError:
         try:
@@ -129,7 +179,7 @@ class OnnxInstance:
         return self._response(request, names, self._run(names, feed, options))
 
     def _run_joined(self, batch: Sequence[InferRequest], options: Any) -> list[InferResponse | ServingError]:
-        feed = {name: join([request.inputs[name].array for request in batch]) for name in batch[0].inputs}
+        feed = {name: self._join([request.inputs[name].array for request in batch]) for name in batch[0].inputs}
         names = self._names
         if all(request.outputs for request in batch):
             asked = {name for request in batch for name in request.outputs}
@@ -146,11 +196,21 @@ class OnnxInstance:
         for name, convert in self._to_model.items():
             if name in feed:  # an optional input may be absent
                 feed[name] = convert(feed[name])
+        if self._rest is not None:
+            with self._rest.busy:
+                self._rest.saw(names, feed)
+                return self._compute(names, feed, options)
+        return self._compute(names, feed, options)
+
+    def _compute(self, names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
         self.inputs_ready_ns = monotonic_ns()
         try:
             arrays: list[Array] = self._session.run(names, feed, options)
         except Exception as error:
-            raise translate(error) from error
+            failure = translate(error, device=self.device)
+            if isinstance(failure, DeviceLostError):
+                self._context.lost = True
+            raise failure from error
         self.outputs_came_ns = monotonic_ns()
         if self._from_model:
             named = zip(names, arrays, strict=True)

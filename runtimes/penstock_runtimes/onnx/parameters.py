@@ -16,7 +16,13 @@ SESSION = (
     "memory.enable_memory_arena_shrinkage",
     "session.use_device_allocator_for_initializers",
 )
-CUDA = ("cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy", "do_copy_in_default_stream")
+CUDA = (
+    "cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy", "do_copy_in_default_stream", "use_tf32",
+    "cudnn_conv_use_max_workspace", "cuda_graph",
+)  # fmt: skip
+
+# No names of Triton's.
+BINDING = ("io_binding", "cuda_graph_batch_sizes", "arena_shrink_idle_ms")
 
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 

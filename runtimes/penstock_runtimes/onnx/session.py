@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 
 import onnxruntime
 from penstock import pb
-from penstock.errors import Kind, ServingError
+from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.runtime import ModelFiles, Placement
 
-from penstock_runtimes.onnx import providers
+from penstock_runtimes.onnx import binding, faults, providers
+from penstock_runtimes.onnx.idle import SHRINKAGE
 from penstock_runtimes.onnx.parameters import Parameters
 from penstock_runtimes.onnx.providers import Provider
 
@@ -26,7 +27,6 @@ _LEVELS = {
     2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
 _INITIALIZERS = "session.use_device_allocator_for_initializers"
-_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
 _ARENAS = re.compile(r"(cpu|gpu):\d+(;(cpu|gpu):\d+)*")
 
 
@@ -41,7 +41,7 @@ def load(path: Path, options: Any, asked: list[Provider]) -> Any:
             enable_fallback=0,  # or a run that fails on a GPU moves the session to the CPU for good, and only prints it
         )
     except Exception as error:
-        raise translate(error, loading=True) from error
+        raise translate(error, loading=True, device="cpu" if len(asked) == 1 else "the GPU") from error
 
 
 def build(
@@ -51,18 +51,21 @@ def build(
     defaults: Mapping[str, str],
     available: Sequence[str] | None = None,
     load: Load = load,
+    stream: int = 0,
 ) -> tuple[Any, str]:
     """A session on `place`, and the device that really runs it: "cpu", "cuda:0".
 
     `defaults` stand for parameters that the model does not have; `available` are the providers of this build, `load`
-    makes a session. Raises ServingError(UNAVAILABLE) naming what is missing where a provider that was asked for is not
-    in use; if the placement may fall back, the session is on the CPU then, and a warning is logged. Raises
-    ServingError(INTERNAL) for a model that ONNX Runtime cannot load.
+    makes a session, `stream` is what it computes on, on a GPU.
+
+    Raises ServingError(UNAVAILABLE) naming what is missing where a provider that was asked for is not in use; if the
+    placement may fall back, the session is on the CPU then, and a warning is logged. Raises ServingError(INTERNAL) for
+    a model that ONNX Runtime cannot load.
     """
     if available is None:
         available = onnxruntime.get_available_providers()
     path = _model_path(files, config)
-    asked = providers.wanted(config, place, defaults)
+    asked = providers.wanted(config, place, defaults, stream)
     made = options(Parameters.of(config, defaults), config.optimization.graph.level, place.threads)
     if made.intra_op_num_threads != place.threads:
         files.note("threads", made.intra_op_num_threads, "the parameter intra_op_thread_count says so")
@@ -128,46 +131,56 @@ def options(parameters: Parameters, level: int, threads: int) -> Any:
     return made
 
 
-def run_options(parameters: Parameters, device: str) -> Callable[[], Any] | None:
+def run_options(parameters: Parameters, device: str, bound: bool = False) -> Callable[[], Any] | None:
     """What makes the RunOptions of an instance that runs on `device`; None where the defaults will do.
 
-    Raises ServingError(INVALID) for a list of arenas that is none, such as ONNX Runtime would refuse with every run.
+    One that is `bound` waits for the device itself, once its results are copied. Raises ServingError(INVALID) for a
+    list of arenas that is none, such as ONNX Runtime would refuse with every run.
     """
-    arenas = parameters.text(_SHRINKAGE)
-    if not arenas:
-        return None
-    if not _ARENAS.fullmatch(arenas):
-        raise parameters.refusal(_SHRINKAGE, "devices such as cpu:0;gpu:0")
+    arenas = parameters.text(SHRINKAGE)
+    if arenas and not _ARENAS.fullmatch(arenas):
+        raise parameters.refusal(SHRINKAGE, "devices such as cpu:0;gpu:0")
     if device == "cpu":  # has no arenas on a GPU, and a list of nothing but those fails the run
         arenas = ";".join(arena for arena in arenas.split(";") if arena.startswith("cpu"))
-        if not arenas:
-            return None
+    entries = {SHRINKAGE: arenas} if arenas else {}
+    if bound:
+        entries |= binding.RUN_OPTIONS
+    if not entries:
+        return None
 
     def make() -> Any:
         made = onnxruntime.RunOptions()
-        made.add_run_config_entry(_SHRINKAGE, arenas)
+        for key, value in entries.items():
+            made.add_run_config_entry(key, value)
         return made
 
     return make
 
 
-# ONNX Runtime's exceptions have no common base. Their text begins with the code: `[ONNXRuntimeError] : 2 : INVALID_…`.
-_CODED = re.compile(r"\[ONNXRuntimeError\] : (\d+) : \w+ : (.*)", re.DOTALL)
+# ONNX Runtime's exceptions have no common base. Their text begins with the code: `[ONNXRuntimeError] : 2 : INVALID_…`;
+# with bound tensors there is none.
+_CODED = re.compile(r"(?:\[ONNXRuntimeError\] : (\d+) : \w+ |Error in execution): (.*)", re.DOTALL)
 _BY_INPUT = ("1", "2", "6")  # FAIL, INVALID_ARGUMENT, RUNTIME_EXCEPTION: a kernel says so of values it cannot take
 _BY_DEVICE = re.compile(r"alloc|arena|cuda|cudnn|cublas|tensorrt", re.IGNORECASE)
 
 
-def translate(error: Exception, loading: bool = False) -> ServingError:
-    """A failure of ONNX Runtime as one of ours: `onnx runtime error <code>: <message>`.
+def translate(error: Exception, loading: bool = False, device: str = "cpu") -> ServingError:
+    """A failure of ONNX Runtime on `device` as one of ours: `onnx runtime error <code>: <message>`.
 
     A run that fails on values (an index out of range, shapes that do not multiply, text that is no number) is the
-    client's mistake, INVALID; out of memory, a failing device, and everything while loading is INTERNAL.
+    client's mistake, INVALID; out of memory, a failing device, and everything while loading is INTERNAL. An error that
+    the GPU does not recover from in this process is a DeviceLostError.
     """
+    if isinstance(error, ServingError):
+        return error
     text = str(error).strip()
+    if device != "cpu" and faults.is_poison(text):
+        return DeviceLostError(f"{device} is lost to this process: {text}")
     coded = _CODED.fullmatch(text)
     if not coded:
         return ServingError(Kind.INTERNAL, f"onnx runtime error: {type(error).__name__}: {text}")
     code, message = coded.groups()
     said = message.partition("Status Message: ")[2] or message  # without the node's name, which may say anything
-    by_input = not loading and code in _BY_INPUT and not _BY_DEVICE.search(said)
-    return ServingError(Kind.INVALID if by_input else Kind.INTERNAL, f"onnx runtime error {code}: {message}")
+    by_input = not loading and (code is None or code in _BY_INPUT) and not _BY_DEVICE.search(said)
+    head = "onnx runtime error" if code is None else f"onnx runtime error {code}"
+    return ServingError(Kind.INVALID if by_input else Kind.INTERNAL, f"{head}: {message}")

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
-from penstock import metrics
+from penstock import gpu_metrics, metrics
 from penstock.auth import Keys
 from penstock.engine import Engine
 from penstock.errors import ServingError
@@ -18,6 +18,7 @@ class MetricsApp:
     def __init__(self, engine: Engine, keys: Keys | None = None) -> None:
         self._engine = engine
         self._keys = keys
+        self._gpus = gpu_metrics.find() if engine.settings.allow_gpu_metrics else None
 
     async def __call__(
         self, scope: Event, _receive: Callable[[], Awaitable[Event]], send: Callable[[Event], Awaitable[None]]
@@ -37,4 +38,4 @@ class MetricsApp:
             return NOT_FOUND
         if scope["method"] not in ("GET", "HEAD"):
             return METHOD_NOT_ALLOWED
-        return answer(200, [metrics.render(self._engine)], content_type=metrics.CONTENT_TYPE.encode())
+        return answer(200, [metrics.render(self._engine, self._gpus)], content_type=metrics.CONTENT_TYPE.encode())
