@@ -10,7 +10,7 @@ TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
-.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-clients conformance-mlserver torture fuzz kills bench gpu-check wheel clean
+.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-clients conformance-mlserver torture fuzz kills bench bench-jobs gpu-check wheel clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{split($$1, name, ":"); printf "  make %-13s %s\n", name[1], $$2}'
@@ -46,7 +46,7 @@ lint: setup-check ## style, import floors, types, and that generated files are c
 	$(BIN)/python server/docs/render.py --check
 
 test: setup-check ## unit tests of both source roots
-	$(BIN)/pytest
+	$(BIN)/pytest -rs
 
 conformance: setup-check ## protocol tests against a fresh server, or URL=http://... GRPC=host:port of a running one
 	$(BIN)/pytest conformance_tests $(TARGET)
@@ -73,6 +73,10 @@ fuzz: setup-check ## so many broken requests over JSON, binary framing, protobuf
 
 bench: setup-check ## the standard load, into BENCHMARKS.md; PERF_ANALYZER=path adds NVIDIA's client, ARGS=--no-record only looks
 	$(BIN)/python -m conformance_tests.benchmarks.standard $(ARGS)
+	$(BIN)/python -m conformance_tests.benchmarks.jobs $(filter --no-record,$(ARGS))
+
+bench-jobs: setup-check ## what jobs cost, into BENCHMARKS.md; ARGS="--rounds 9 --folder /mnt/disk"
+	$(BIN)/python -m conformance_tests.benchmarks.jobs $(ARGS)
 
 # With the environment of `make setup` where there is one, with PYTHON as it is where that was given or there is none.
 GPU_PYTHON = $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))

@@ -1,7 +1,7 @@
 """Figures as a table, for the terminal and for BENCHMARKS.md."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,15 +21,20 @@ def table(record: Record, last: Record | None = None) -> str:
             known = before.get(_key(row))
             cells = (*cells, f"{row['cpu_us'] / known['cpu_us'] - 1:+.0%}" if known else "new")
         rows.append(cells)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return aligned(rows, texts=2)
+
+
+def aligned(rows: Sequence[Sequence[str]], texts: int) -> str:
+    """A Markdown table whose first row is its head. The first `texts` columns are words, the others numbers."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < texts else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ) + " |"
         for row in rows
     ]  # fmt: skip
-    rule = [("-" * width) if column < 2 else ("-" * (width - 1) + ":") for column, width in enumerate(widths)]
+    rule = [("-" * width) if column < texts else ("-" * (width - 1) + ":") for column, width in enumerate(widths)]
     lines.insert(1, "| " + " | ".join(rule) + " |")
     return "\n".join(lines)
 
@@ -81,16 +86,28 @@ def last_record(directory: Path, kind: str) -> Record | None:
 
 
 def write(document: Path, record: Record) -> None:
-    """Put the record's table between the markers of its kind, or at the end of a document that has none of them."""
-    begin, end = f"<!-- begin {record['kind']} -->", f"<!-- end {record['kind']} -->"
+    """Put the record's table into its section."""
+    put(
+        document,
+        record["kind"],
+        f"## {record['kind'].upper()}, {record['date']}\n\n{setting(record)}\n\n{table(record)}",
+    )
+
+
+def setting(record: Record) -> str:
+    """On what it was measured, and how."""
     machine = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    section = (
-        f"{begin}\n## {record['kind'].upper()}, {record['date']}\n\n"
+    return (
         f"{machine['system']}, {machine['cores']} cores, Python {machine['python']}, {versions}. "
-        f"Medians of {record['rounds']} rounds. Load average before: {machine['load_before']}.\n\n"
-        f"{table(record)}\n{end}"
+        f"Medians of {record['rounds']} rounds. Load average before: {machine['load_before']}."
     )
+
+
+def put(document: Path, kind: str, content: str) -> None:
+    """Put a section between the markers of its kind, or at the end of a document that has none of them."""
+    begin, end = f"<!-- begin {kind} -->", f"<!-- end {kind} -->"
+    section = f"{begin}\n{content}\n{end}"
     text = document.read_text()
     if begin in text and end in text:
         head, _, rest = text.partition(begin)

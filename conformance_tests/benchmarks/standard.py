@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [row for row in ROWS if (row.client in clients or row.client == "none") and options.only in row.name]
     with tempfile.TemporaryDirectory() as scratch, _servers(Path(scratch)) as servers:
         kind = _kind(servers["penstock"])
-        record = {"date": date.today().isoformat(), "kind": kind, "machine": _machine(), "rounds": options.rounds}
+        record = {"date": date.today().isoformat(), "kind": kind, "machine": machine(), "rounds": options.rounds}
         measured = _measure(rows, servers, clients, options.rounds)
     record["rows"] = [_summary(row, measured[row]) for row in rows]
 
@@ -202,7 +202,7 @@ def _kind(server: Server) -> str:
     return "gpu" if "cuda" in device else "cpu"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Its kind, not its name; and what ran on it."""
     versions = {}
     for name in VERSIONS:

@@ -3,8 +3,10 @@
 import pytest
 
 from conformance_tests.clause_table import clause
+from conformance_tests.http_wire import HttpClient
 from conformance_tests.jobs.client import Endpoint, until
 from conformance_tests.jobs.conftest import Open
+from conformance_tests.server import Running
 
 pytestmark = pytest.mark.over("http")
 LONG = {"seconds": 60}  # a job that ends only because somebody ends it
@@ -293,6 +295,22 @@ def test_jobs_and_workers_are_counted(endpoint: Open) -> None:
 
 
 @clause("jobs.requests")
+def test_the_metrics_port_counts_jobs(endpoint: Open, server: Running) -> None:
+    def counted() -> dict[str, float]:
+        lines = HttpClient(server.metrics).get("/metrics").body.decode().splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if line.startswith("penstock_jobs"))
+        return {name: float(value) for name, value in found.items() if 'model="job_failing"' in name}
+
+    failing, before = endpoint("job_failing"), counted()
+    failing.ended(failing.run({"how": "raise"}))
+    after = counted()
+    changed = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert changed == {
+        'penstock_jobs_accepted_total{model="job_failing"}': 1,
+        'penstock_jobs_ended_total{model="job_failing",state="FAILED"}': 1,
+    }
+
+
 def test_jobs_are_listed_by_page_the_newest_first(endpoint: Open) -> None:
     echo = endpoint("job_echo")
     ids = [echo.runsync(number)["id"] for number in range(3)]

@@ -77,6 +77,23 @@ def test_a_job_whose_server_is_killed_twice_is_given_up(process: StartServer, tm
         assert slow.runsync({"seconds": 0})["status"] == "COMPLETED"
 
 
+def test_a_server_takes_up_what_another_one_was_running_when_it_was_killed(
+    process: StartServer, tmp_path: Path
+) -> None:
+    first, second = (start(process, tmp_path) for _ in range(2))
+    ids = [Endpoint(first.http, "job_slow").run(LONG) for _ in range(2)]
+    slow = Endpoint(second.http, "job_slow")
+    workers = [slow.running(id)["workerId"] for id in ids]
+    assert len({*workers}) == 2, "each of them runs one"
+    first.process.kill()
+    first.process.wait()
+    lost, kept = ids if f"-{first.process.pid}-" in workers[0] else ids[::-1]
+    slow.cancel(kept)  # or the other would have to wait for its place
+    again = until(lambda: (job := slow.status(lost)).get("retries") and "workerId" in job and job, "its lease lapses")
+    assert (again["status"], f"-{second.process.pid}-" in again["workerId"]) == ("IN_PROGRESS", True)
+    slow.cancel(lost)
+
+
 def test_a_webhook_that_is_due_is_sent_by_the_next_server(process: StartServer, tmp_path: Path) -> None:
     statuses = iter([503])
     with Receiver(lambda post: next(statuses, 200)) as receiver:

@@ -237,6 +237,17 @@ def test_a_crash_is_told_at_once_to_what_ran_and_the_process_is_replaced(
         assert "its process is replaced in 0.1 s" in caplog.text
 
 
+def test_there_is_no_room_while_the_process_is_replaced(tmp_path: Path) -> None:
+    with opened(tmp_path, WAITS % "waits") as instance:
+        assert instance.max_in_flight == 4
+        sent = send(instance, "wait")
+        [pid] = sent.wait("progress")
+        os.kill(pid, signal.SIGKILL)
+        assert isinstance(sent.error(), WorkerLostError)
+        assert instance.max_in_flight == 0, "for 0.1 s at least"
+        until(lambda: instance.max_in_flight == 4)
+
+
 def test_a_process_that_is_killed_from_outside_is_replaced(tmp_path: Path) -> None:
     with opened(tmp_path, WAITS % "handler") as instance:
         running, queued = send(instance, "wait"), send(instance, "go")
@@ -427,9 +438,11 @@ def test_what_a_handler_has_started_ends_with_it(tmp_path: Path) -> None:
     """
     with opened(tmp_path, code) as instance:
         first = send(instance).result()
-        assert instance.pid
-        os.kill(instance.pid, signal.SIGKILL)
+        killed = instance.pid
+        assert killed
+        os.kill(killed, signal.SIGKILL)
         assert ends(first)
+        until(lambda: instance.pid != killed)  # else the next goes to the process that has just ended
         second = send(instance).result()
         assert second != first
     assert ends(second)

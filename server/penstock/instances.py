@@ -8,7 +8,7 @@ from time import monotonic_ns
 
 from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
-from penstock.messages import InferResponse
+from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit
 from penstock.queueing import Pending, Scheduler
 from penstock.rate import RateLimiter, Turn
@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 INLINE_LIMIT_NS = 100_000  # a hand-off to a worker and back was measured at 29 to 128 us per request
 INLINE_ENDS_NS = 200_000  # INLINE_SLOW_RUNS longer than this, and the model goes to its workers from then on
 NEVER_NS = 2**63  # later than any time
+LOOK_S = 0.1  # how late it is found that an instance which could run nothing can again: it tells nobody
 INLINE_SLOW_RUNS = 3  # in a row: a single one is as likely a thread that lost its core as a model that became slow
 
 # Both answer every request that they are given, and raise nothing.
 Finish = Callable[[Sequence[Pending], Sequence[InferResponse | ServingError], Execution], None]
 Withdrawn = Callable[[Pending, ServingError], None]
+Shaped = Callable[[InferRequest, InferResponse], InferResponse | ServingError]
 
 
 class Worker:
@@ -66,12 +68,14 @@ class Crew:
         withdrawn: Withdrawn,
         limiter: RateLimiter | None = None,
         limits: Sequence[RateLimit] = (),
+        shaped: Shaped = lambda _, response: response,
     ) -> None:
         """With a `limiter`, each instance has one of the `limits`. Raises ServingError if it could never run."""
         self._name = name
         self._scheduler = scheduler
         self._finish = finish  # counts and replies for a batch that ran
         self._withdrawn = withdrawn  # counts and replies for a request that will not run
+        self.shaped = shaped  # an answer before the final one, as it leaves
         self._lock = threading.Lock()
         self._done = threading.Condition(self._lock)
         self._unfinished = 0  # accepted, and not yet replied to for the last time
@@ -260,7 +264,8 @@ class Crew:
         with self._lock:
             while worker.inline or not self._closed:
                 timeout_s = None
-                if not worker.inline and worker.in_flight < worker.instance.max_in_flight:
+                # One that can run nothing just now still takes one, and answers it if that does not change soon.
+                if not worker.inline and worker.in_flight < max(1, worker.instance.max_in_flight):
                     now_ns = monotonic_ns()
                     if worker.turn is None:
                         batch = self._scheduler.take(now_ns)
@@ -281,6 +286,8 @@ class Crew:
                         wake_ns = None  # its turn has not come: the limiter wakes it
                     worker.wakes_ns = NEVER_NS if wake_ns is None else wake_ns
                     timeout_s = None if wake_ns is None else max(wake_ns - now_ns, 0) / 1e9
+                elif not worker.instance.max_in_flight:
+                    timeout_s = LOOK_S
                 worker.wake.wait(timeout_s)
             return []
 
@@ -429,6 +436,8 @@ class _FinalReply:
 
     def __call__(self, result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit:
         if not final:
+            if isinstance(result, InferResponse):
+                result = self._crew.shaped(self._pending.request, result)
             return self._pending.reply(result, final, partial)
         self.ended = True
         self._crew.finished(self._worker, self._pending, result, self._started_ns)

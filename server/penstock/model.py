@@ -80,6 +80,7 @@ class Model:
             self._withdrawn,
             limiter,
             _limits(loaded.config) if limiter else (),
+            self._shaped,
         )
         self._crew.allow_inline(inline_bytes)
 
@@ -92,6 +93,11 @@ class Model:
     def workers(self) -> int:
         """How many instances there are."""
         return len(self._instances)
+
+    @property
+    def ready_workers(self) -> int:
+        """How many instances can run something now: one whose process is being replaced cannot."""
+        return sum(instance.max_in_flight > 0 for instance in self._instances)
 
     @property
     def concurrency(self) -> int:

@@ -138,7 +138,6 @@ class Host(Protocol):
 class Instance(Protocol):
     """A model on a device. Calls never overlap beyond `max_in_flight`."""
 
-    max_in_flight: int  # 1 for most; more for concurrent async handlers and ensembles
     device: str  # that really runs it: "cpu", "cuda:0"
     inputs_ready_ns: int  # monotonic, of the last `execute`: when its inputs lay where the model reads them
     outputs_came_ns: int  # monotonic, of the last `execute`: when the model was done
@@ -154,6 +153,10 @@ class Instance(Protocol):
 
     def start(self, request: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
         """Answer later, or more than once. Returns soon; only called where `streams` is true."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """1 for most; more for concurrent async handlers and ensembles; 0 while it can run nothing."""
 
     @property
     def streams(self) -> bool:

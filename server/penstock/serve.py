@@ -117,7 +117,7 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
         doors.http_port = http_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.http.serve(sockets=[http_socket])))
     if metrics_socket is not None:
-        doors.metrics = make_server(MetricsApp(engine, keys), settings)
+        doors.metrics = make_server(MetricsApp(engine, keys, jobs.metrics if jobs else None), settings)
         doors.metrics_port = metrics_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.metrics.serve(sockets=[metrics_socket])))
     if settings.allow_grpc:

@@ -43,6 +43,7 @@ class Shelf:
 
     def __init__(self, makers: Mapping[str, Callable[[], Instance]]) -> None:
         self.makers = dict(makers)
+        self.opened: list[Instance] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -54,7 +55,8 @@ class Shelf:
 
     def open(self, files: ModelFiles, config: pb.ModelConfig, place: Placement, host: Host | None) -> Instance:
         assert self.gate.wait(LIMIT_S)
-        return self.makers[files.model]()
+        self.opened.append(self.makers[files.model]())
+        return self.opened[-1]
 
 
 class Handler(StreamingInstance):

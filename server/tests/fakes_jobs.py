@@ -22,13 +22,14 @@ from penstock.job_api.store import (
     Request,
     State,
     Sweep,
+    added,
     exists,
     expired,
     full,
     not_failed,
 )
 
-RETRIED = "RETRIED"
+RETRIED, ACCEPTED = "RETRIED", "ACCEPTED"
 
 
 @dataclass(slots=True)
@@ -72,9 +73,8 @@ class MemoryJobStore:
             raise full(request.endpoint, len(waiting), limit)
         if request.id in self.entries:
             raise exists(request.id)
-        expires_ms = request.created_ms + request.ttl_ms
-        job = Job(request, State.IN_QUEUE, queued_ms=request.created_ms, expires_ms=expires_ms)
-        self.entries[request.id] = Entry(job, next(self._places))
+        self.entries[request.id] = Entry(added(request), next(self._places))
+        self._count(self.entries[request.id], ACCEPTED)
         now_ms = request.created_ms
         ahead = sum(
             entry.job.expires_ms > now_ms and entry.job.request.low_priority <= request.low_priority
@@ -210,7 +210,11 @@ class MemoryJobStore:
             ever[State.CANCELLED.value],
             ever[State.TIMED_OUT.value],
             ever[RETRIED],
+            ever[ACCEPTED],
         )
+
+    async def totals(self) -> Mapping[str, Counts]:
+        return {endpoint: await self.counts(endpoint) for endpoint in self._ever}
 
     async def due_webhooks(self, now_ms: int, limit: int, lease_ms: int) -> Sequence[Delivery]:
         self._open()
@@ -263,6 +267,9 @@ class MemoryJobStore:
         running = [entry for entry in self.entries.values() if entry.job.state is State.IN_PROGRESS]
         for entry in running:
             self._lose(entry, WORKER_LOST, now_ms)
+        for entry in self.entries.values():
+            if entry.webhook and entry.webhook.taken:
+                entry.webhook.taken, entry.webhook.due_ms = False, now_ms
         return Sweep([*swept.changed, *(entry.job.request.id for entry in running)], swept.stop)
 
     async def next_ms(self) -> int | None:

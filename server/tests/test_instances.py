@@ -98,6 +98,21 @@ def test_a_longer_request_than_was_measured_goes_to_the_worker() -> None:
     assert instance.threads != [threading.get_ident()]
 
 
+def test_an_instance_that_can_run_nothing_just_now_is_given_one_that_it_answers_for() -> None:
+    instance = StreamingInstance(max_in_flight=0)
+    with crew(instance) as made:
+        _, first = submit(made, id="first")
+        instance.wait_started(1)
+        _, second = submit(made, id="second")
+        assert made.waiting == 1
+        instance.max_in_flight = 2
+        instance.wait_started(2)
+        for sent, reply, _ in instance.started:
+            reply(instance.answer(sent))
+        first.one()
+        second.one()
+
+
 def test_nothing_runs_inline_while_the_instance_is_busy() -> None:
     instance = GatedInstance()
     with crew(instance) as made:

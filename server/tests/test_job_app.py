@@ -4,9 +4,11 @@ import asyncio
 import re
 from pathlib import Path
 from typing import Any
+from uuid import RFC_4122, UUID
 
 import pytest
 from penstock.errors import Kind, ServingError
+from penstock.job_api.desk import new_id, now_ms
 from penstock.job_api.endpoints import RESERVED, is_endpoint, why_not
 from penstock.job_api.rates import Rates
 from penstock.job_api.store import State, open_store
@@ -49,6 +51,17 @@ def test_run_answers_with_an_id_and_status_tells_the_result(tmp_path: Path) -> N
     run(tmp_path, test)
 
 
+def test_ids_are_uuids_in_the_order_of_time() -> None:
+    ids = [new_id() for _ in range(1000)]
+    parsed = [UUID(id.removesuffix("-u1")) for id in ids]
+    assert len({*ids}) == len(ids)
+    assert {(one.version, one.variant) for one in parsed} == {(7, RFC_4122)}
+    times_ms = [one.int >> 80 for one in parsed]
+    assert times_ms == sorted(times_ms)
+    assert 0 <= now_ms() - times_ms[-1] < 60_000
+    assert new_id("sync-").startswith("sync-")
+
+
 def test_an_accepted_job_is_in_the_store_before_the_answer(tmp_path: Path) -> None:
     async def test(made: House) -> None:
         accepted = await made.post("/v2/h/run", {"input": 1})
@@ -78,6 +91,24 @@ def test_runsync_answers_when_its_wait_is_over_and_the_job_goes_on(tmp_path: Pat
         assert (await made.get(f"/v2/m/status-sync/{job['id']}"))["output"] == {"Y": [1.0, 2.0]}
 
     run(tmp_path, test, {"m": lambda: gated})
+
+
+def test_a_sender_that_goes_away_cancels_nothing(tmp_path: Path) -> None:
+    says = Says()
+
+    async def test(made: House) -> None:
+        leaves = asyncio.Event()
+        calls = [made.call("POST", "/v2/h/runsync", {"input": number}, leaves=leaves) for number in range(2)]
+        waiting = [asyncio.create_task(call) for call in calls]
+        first = await says.first()
+        await made.until("/v2/h/health", lambda health: health["jobs"]["inQueue"] == 1)
+        leaves.set()
+        first("one")
+        (await says.number(1))("two")
+        await made.until("/v2/h/health", lambda health: health["jobs"]["completed"] == 2)
+        await asyncio.gather(*waiting)
+
+    run(tmp_path, test, {"h": handler(says.take)})
 
 
 def test_runsync_waits_its_turn_in_the_queue(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_an_id_is_taken_once(fresh: Fresh) -> None:
         )
         failed = [outcome for outcome in outcomes if isinstance(outcome, ServingError)]
         assert [(one.kind, one.message) for one in failed] == [(Kind.EXISTS, "job 'a' exists already")]
-        assert await store.counts("m") == Counts(in_queue=3)
+        assert await store.counts("m") == Counts(in_queue=3, accepted=3)
         assert sorted(await claim(store, 9)) == ["a", "b", "c"]
 
     run(fresh, scenario)
@@ -181,7 +181,7 @@ def test_a_job_may_be_claimed_as_it_is_added(fresh: Fresh) -> None:
         assert job == Job(
             request("a"), State.IN_PROGRESS, 1, 0, "w", T0, 0, queued_ms=T0, lease_ms=T0 + LEASE, expires_ms=T0 + TTL
         )
-        assert await store.counts("m") == Counts(in_progress=1)
+        assert await store.counts("m") == Counts(in_progress=1, accepted=1)
         await store.add(request("low", low_priority=True))
         assert await store.add(request("b"), claim=Claim("w", LEASE)) is not None
         assert await store.add(request("low2", low_priority=True), claim=Claim("w", LEASE)) is None
@@ -215,7 +215,7 @@ def test_a_stale_attempt_changes_nothing(fresh: Fresh) -> None:
         assert not await store.finish("a", 2, State.FAILED, T0 + 9, error="late")
         assert not await store.append("a", 2, [b"1"])
         assert not await store.progress("a", 2, b"1")
-        assert await store.counts("m") == Counts(completed=1, retried=1)
+        assert await store.counts("m") == Counts(completed=1, retried=1, accepted=1)
 
     run(fresh, scenario)
 
@@ -287,7 +287,7 @@ def test_a_time_to_live_ends_a_job_wherever_it_is(fresh: Fresh) -> None:
         assert not await store.finish("runs", 1, State.COMPLETED, late, b"1")
         assert list(await store.extend({"runs": 1}, late, LEASE)) == ["runs"]
         assert await sweep(store, late) == (["runs", "told", "waits"], ["runs"])
-        assert await store.counts("m") == Counts(timed_out=3)
+        assert await store.counts("m") == Counts(timed_out=3, accepted=3)
         assert await store.retry("told", "m", late) is None
         assert await store.cancel("told", "m", late) is None
         (delivery,) = await store.due_webhooks(late, 9, LEASE)
@@ -319,7 +319,7 @@ def test_a_result_is_kept_for_its_retention(fresh: Fresh) -> None:
         assert await sweep(store, T0 + 5100) == ([], [])
         assert await store.chunks("a", 0) is None
         assert (await store.list("m", None, 0, 9)).total == 1
-        assert await store.counts("m") == Counts(in_queue=1, completed=2)
+        assert await store.counts("m") == Counts(in_queue=1, completed=2, accepted=3)
 
     run(fresh, scenario)
 
@@ -359,7 +359,7 @@ def test_cancel_ends_what_is_not_final(fresh: Fresh) -> None:
         assert await store.cancel("z", "m", T0) is None
         assert list(await store.extend({"b": 1}, T0 + 1, LEASE)) == ["b"]
         assert not await store.finish("b", 1, State.COMPLETED, T0 + 1, b"1")
-        assert await store.counts("m") == Counts(completed=1, cancelled=2)
+        assert await store.counts("m") == Counts(completed=1, cancelled=2, accepted=3)
 
     run(fresh, scenario)
 
@@ -393,7 +393,7 @@ def test_retry_queues_a_failed_job_anew(fresh: Fresh) -> None:
         assert await store.retry("a", "n", T0) is None
         await store.finish("a", 2, State.COMPLETED, T0 + 10, b"1")
         assert await deliveries(store, T0 + 10) == [("a", State.COMPLETED, 1)]
-        assert await store.counts("m") == Counts(in_progress=1, completed=1, failed=1, retried=1)
+        assert await store.counts("m") == Counts(in_progress=1, completed=1, failed=1, retried=1, accepted=2)
 
     run(fresh, scenario)
 
@@ -409,7 +409,7 @@ def test_a_purge_ends_what_waits_and_no_more(fresh: Fresh) -> None:
         assert await state(store, "b") is State.CANCELLED
         assert await state(store, "other") is State.IN_QUEUE
         assert list(await store.purge("m", T0 + 1)) == []
-        assert await store.counts("m") == Counts(in_progress=1, cancelled=2)
+        assert await store.counts("m") == Counts(in_progress=1, cancelled=2, accepted=3)
 
     run(fresh, scenario)
 
@@ -507,6 +507,22 @@ def test_a_store_that_is_alone_recovers_what_ran_at_once(fresh: Fresh) -> None:
         assert job is not None
         assert (job.state, job.error) == (State.FAILED, WORKER_LOST)
         assert await state(store, "b") is State.IN_QUEUE
+
+    run(fresh, scenario)
+
+
+def test_a_webhook_that_was_being_posted_is_due_at_once_where_its_store_is_alone(fresh: Fresh) -> None:
+    async def scenario(store: JobStore) -> None:
+        await store.add(request("a", webhook="http://x"))
+        await store.cancel("a", "m", T0)
+        assert await deliveries(store, T0) == [("a", State.CANCELLED, 1)]
+        await store.webhook_sent("a", 1, False, T0 + 1, "status 500")
+        again_ms = T0 + 1 + WEBHOOK_INTERVAL_MS
+        await store.recover(T0 + 2)
+        assert await store.next_ms() == again_ms, "one that nobody was posting waits its interval out"
+        assert await deliveries(store, again_ms, lease_ms=30_000) == [("a", State.CANCELLED, 2)]
+        await store.recover(again_ms + 1)
+        assert await deliveries(store, again_ms + 1) == [("a", State.CANCELLED, 2)]
 
     run(fresh, scenario)
 
@@ -621,7 +637,7 @@ def test_a_job_survives_the_store_that_took_it(fresh: Fresh) -> None:
             before = [await store.get(id, "m", T0) for id in ("a", "b")]
         async with opened(url) as store:
             assert [await store.get(id, "m", T0) for id in ("a", "b")] == before
-            assert await store.counts("m") == Counts(in_queue=1, completed=1)
+            assert await store.counts("m") == Counts(in_queue=1, completed=1, accepted=2)
             assert await store.drain("a") == Chunks(State.COMPLETED, 2, ())
             assert await deliveries(store, T0) == [("a", State.COMPLETED, 1)]
             assert await claim(store) == ["b"]
@@ -685,7 +701,7 @@ def test_many_workers_lose_no_job_and_end_none_twice(fresh: Fresh, stores: int) 
             await asyncio.gather(*(submit(jobs[n::10]) for n in range(10)), *workers)
             assert sorted(started) == jobs
             assert sorted(ended) == jobs
-            assert await here.counts("m") == Counts(completed=len(jobs))
+            assert await here.counts("m") == Counts(completed=len(jobs), accepted=len(jobs))
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -793,6 +809,7 @@ async def picture(store: JobStore, now_ms: int) -> object:
         [await store.get(id, "", now_ms, whole=True) for id in IDS],
         [chunks and (chunks.state, list(chunks.values)) for chunks in read],
         [await store.counts(endpoint) for endpoint in ENDPOINTS],
+        await store.totals(),
         await store.next_ms(),
     )
 

@@ -96,14 +96,14 @@ def test_the_counters_are_added_up_now_and_then(postgres_url: str) -> None:
         await asyncio.gather(*(here.add(request(f"j{n}")) for n in range(FOLD_AT)))
         await here.claim({"m": 5}, "w", T0, LEASE)
         before = await here.counts("m")
-        assert before == Counts(in_queue=FOLD_AT - 5, in_progress=5)
-        assert await own.fetchval("SELECT count(*) FROM deltas") == FOLD_AT + 10
+        assert before == Counts(in_queue=FOLD_AT - 5, in_progress=5, accepted=FOLD_AT)
+        assert await own.fetchval("SELECT count(*) FROM deltas") == 2 * FOLD_AT + 10
         await asyncio.gather(here.next_ms(), there.next_ms())
         assert await own.fetchval("SELECT count(*) FROM deltas") == 0
         assert await here.counts("m") == before
         await asyncio.gather(*(here.add(request(f"k{n}")) for n in range(FOLD_AT)))
         await here.next_ms()
-        assert await here.counts("m") == Counts(in_queue=2 * FOLD_AT - 5, in_progress=5)
+        assert await here.counts("m") == Counts(in_queue=2 * FOLD_AT - 5, in_progress=5, accepted=2 * FOLD_AT)
 
     run(postgres_url, scenario)
 

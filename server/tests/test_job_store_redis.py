@@ -58,7 +58,7 @@ def test_what_was_accepted_survives_a_kill_of_the_server() -> None:
 
     async def look(url: str) -> None:
         store = await RedisJobStore.open(url)
-        assert await store.counts("m") == Counts(in_queue=15, in_progress=5)
+        assert await store.counts("m") == Counts(in_queue=15, in_progress=5, accepted=20)
         assert len((await store.recover(T0)).changed) == 5
         claimed = await store.claim({"m": 99}, "w", T0, LEASE)
         assert sorted(job.request.id for job in claimed) == sorted(f"j{n}" for n in range(20))

@@ -1,9 +1,12 @@
 """What is special to jobs in an SQLite file: the disk, the group commit, the plans of its queries."""
 
 import asyncio
+import logging
+import os
 import re
 import resource
 import sqlite3
+import stat
 import struct
 import subprocess
 import sys
@@ -129,6 +132,15 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> No
     assert path.read_bytes() == before
 
 
+def test_the_files_are_their_owners_alone(tmp_path: Path) -> None:
+    async def scenario(store: SqliteJobStore) -> None:
+        await store.add(request("a"))
+        modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in os.scandir(tmp_path)}
+        assert modes == dict.fromkeys(["jobs.db", "jobs.db-owners", "jobs.db-shm", "jobs.db-wal"], 0o600)
+
+    run(tmp_path / "jobs.db", scenario)
+
+
 def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
 
@@ -138,10 +150,39 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     run(path, nothing)
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {store_sqlite.VERSION + 1}")
-    assert "written by a newer Penstock, as version 2; this one knows version 1" in refusal(path)
+    assert "written by a newer Penstock, as version 3; this one knows version 2" in refusal(path)
 
 
-def test_only_a_process_that_is_alone_recovers_at_once(tmp_path: Path) -> None:
+# What version 1 had besides: it counted each submission by itself.
+VERSION_1 = """
+    CREATE TRIGGER entered AFTER INSERT ON jobs BEGIN
+        INSERT INTO tally VALUES (new.endpoint, new.state, 1, 1)
+            ON CONFLICT DO UPDATE SET here = here + 1, ever = ever + 1;
+    END;
+    PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+
+    async def submitted(store: SqliteJobStore) -> None:
+        await store.add(request("a"))
+
+    run(path, submitted)
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+
+    async def scenario(store: SqliteJobStore) -> None:
+        await store.add(request("b"))
+        assert (await store.counts("m")).in_queue == 2
+        assert [job.request.id for job in await store.claim({"m": 9}, "w", T0, LEASE)] == ["a", "b"]
+
+    run(path, scenario)
+
+
+def test_only_a_process_that_is_alone_recovers_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     path = tmp_path / "jobs.db"
 
     async def scenario(here: SqliteJobStore) -> None:
@@ -149,6 +190,7 @@ def test_only_a_process_that_is_alone_recovers_at_once(tmp_path: Path) -> None:
         await here.claim({"m": 1}, "w", T0, LEASE)
         there = await SqliteJobStore.open(str(path))
         assert list((await there.recover(T0 + 1)).changed) == []
+        assert caplog.messages == [f"job store {path}: another server has it open too; they share its jobs"]
         assert list((await there.recover(T0 + LEASE)).changed) == ["a"], "its lease has lapsed"
         await here.claim({"m": 1}, "w", T0, LEASE)
         await here.close()

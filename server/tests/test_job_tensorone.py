@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from penstock.errors import Kind, ServingError
-from penstock.job_api.journal import LINES, Journal, JournalHandler
+from penstock.job_api.journal import JOBS, LINES, Journal, JournalHandler
 
 from .fakes import EchoInstance
 from .fakes_job_door import House, Say, Says, X, echo, handler, never, run, settled
@@ -354,13 +354,25 @@ def test_logs_are_filtered(tmp_path: Path) -> None:
         logger.setLevel(before)
 
 
-def test_the_journal_keeps_the_last_lines() -> None:
+def test_the_journal_keeps_the_last_lines_of_each_job() -> None:
     journal = Journal()
+    journal.note("m", 0, "info", "quiet", "before")
     for number in range(LINES + 5):
-        journal.note("m", number, "info", "j", str(number))
-    lines = list(journal.lines("m"))
-    assert (len(lines), lines[0].text, str(lines[0])) == (LINES, "5", "1970-01-01T00:00:00.005Z INFO j: 5")
-    assert list(journal.lines("other")) == []
+        journal.note("m", number, "info", "loud", str(number))
+    journal.note("m", 0, "info", "quiet", "after")
+    lines = journal.lines("m", job="loud")
+    assert (len(lines), str(lines[0])) == (LINES, "1970-01-01T00:00:00.005Z INFO loud: 5")
+    assert [line.text for line in journal.lines("m", job="quiet")] == ["before", "after"]
+    assert [line.text for line in journal.lines("m")] == ["before", *(line.text for line in lines), "after"]
+    assert journal.lines("other") == []
+
+
+def test_the_journal_forgets_the_job_that_came_first() -> None:
+    journal = Journal()
+    for number in range(JOBS + 1):
+        journal.note("m", 0, "info", f"j{number}", "begun")
+    journal.note("m", 0, "info", "j1", "ended")
+    assert [line.job for line in journal.lines("m")] == [*(f"j{number}" for number in range(1, JOBS + 1)), "j1"]
 
 
 def test_the_journal_takes_what_models_log() -> None:

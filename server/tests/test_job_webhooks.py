@@ -465,6 +465,9 @@ def test_an_attempt_is_repeated_with_the_same_bytes_until_three_are_spent(tmp_pa
                 while any(entry.webhook for entry in store.entries.values()):  # noqa: ASYNC110 - nobody tells
                     await asyncio.sleep(0.001)
             assert to.posts.empty()
+            metrics = (await made.service.metrics()).decode()
+            assert 'penstock_jobs_webhook_attempts_total{model="m",result="failed"} 2\n' in metrics
+            assert 'penstock_jobs_webhook_attempts_total{model="m",result="given_up"} 1\n' in metrics
 
     run(tmp_path, test, {"m": EchoInstance}, store=store)
 

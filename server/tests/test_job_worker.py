@@ -197,6 +197,26 @@ def test_an_expired_job_never_starts(tmp_path: Path) -> None:
     run(tmp_path, test, {"h": handler(says.take)}, job_ttl_secs=1)
 
 
+def test_while_a_process_is_replaced_its_jobs_wait_and_their_time_does_not_run(tmp_path: Path) -> None:
+    async def test(made: House) -> None:
+        [instance] = made.shelf.opened
+        assert isinstance(instance, Handler)
+        instance.max_in_flight = 0
+        job = await made.post("/v2/h/run", {"input": 7})
+        sync = asyncio.create_task(made.post("/v2/h/runsync", {"input": 8}))
+        await made.until("/v2/h/health", lambda health: health["jobs"]["inQueue"] == 2)
+        workers = (await made.get("/v2/h/health"))["workers"]
+        assert (workers["ready"], workers["idle"], workers["initializing"], workers["unhealthy"]) == (0, 0, 1, 0)
+        assert (await made.get("/v2/endpoints/h/health"))["status"] == "unhealthy"
+        assert instance.seen == []
+        instance.max_in_flight = 1
+        assert (await final(made, "h", job["id"]))["output"] == 7
+        assert (await sync)["output"] == 8
+        assert (await made.get("/v2/h/health"))["workers"]["ready"] == 1
+
+    run(tmp_path, test, {"h": handler(echo)})
+
+
 # -- failures
 
 

@@ -11,7 +11,7 @@ from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS
 from penstock.messages import InferRequest, InferResponse
 from penstock.model import PROBES, Model
-from penstock.runtime import Credit
+from penstock.runtime import Cancelled, Credit, Reply
 from penstock.statistics import Duration
 from penstock.tensor import BYTES, FP32, Tensor, objects
 
@@ -87,6 +87,25 @@ def test_a_failure_is_counted_as_the_backends() -> None:
     assert made.statistics.success == Duration()
 
 
+def test_what_is_cancelled_while_it_runs_is_counted_as_that_and_not_as_the_backends() -> None:
+    def script(_sent: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
+        def give_up() -> None:
+            reply(GONE)
+
+        cancelled.watch(give_up)
+
+    instance = StreamingInstance(script=script)
+    made = model(instance)
+    one = pending(request(), answers := Answers())
+    made.submit(one)
+    instance.wait_started(1)
+    one.cancel(GONE)
+    assert answers.error() is GONE
+    close(made)
+    assert made.statistics.failures == {"REJECTED": 0, "CANCELED": 1, "BACKEND": 0, "OTHER": 0}
+    assert made.statistics.fail.count == 1
+
+
 @pytest.mark.parametrize(
     ("reason", "counted_as"),
     [
@@ -121,6 +140,19 @@ def test_a_reply_that_fails_costs_nobody_else_an_answer(caplog: pytest.LogCaptur
         assert ask(made, request(8)).values() == [8]
         close(made)
     assert caplog.text.count("model m: the reply to request lost failed") == 2
+
+
+def test_every_answer_of_many_names_the_version_and_has_the_classes_that_were_asked_for() -> None:
+    def script(sent: InferRequest, reply: Reply, _cancelled: Cancelled) -> None:
+        reply(EchoInstance().answer(sent), final=False)
+        reply(EchoInstance(2).answer(sent))
+
+    made = model(StreamingInstance(script=script))
+    answers = ask(made, request(3, 4, Y=1))
+    close(made)
+    given = [answer for answer in answers.given if isinstance(answer, InferResponse)]
+    assert [answer.version for answer in given] == ["1", "1"]
+    assert [answer.outputs[0].array.tolist() for answer in given] == [[b"4.000000:1"], [b"8.000000:1"]]
 
 
 # -- classification

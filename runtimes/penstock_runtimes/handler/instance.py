@@ -69,7 +69,7 @@ class HandlerInstance:
     def __init__(self, files: ModelFiles, device: str, command: Command, options: Options) -> None:
         """Returns when the file has called `start`. Raises ServingError if it never does."""
         self.device = device
-        self.max_in_flight = 1  # as the file's concurrency_modifier says
+        self._slots = 1  # as the file's concurrency_modifier says
         self.generator = False  # whether the handler is one
         self.kind = ""  # of the handler: plain, async, generator, async generator
         self.starts = 0  # processes that were started
@@ -123,6 +123,11 @@ class HandlerInstance:
         if process is not None:
             _send_job(process, job)
         cancelled.watch(lambda: None if job.ended else self._tell(functools.partial(self._cancel, job)))
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many requests its process runs at a time; 0 while that is replaced."""
+        return self._slots if self._ready is not None else 0
 
     @property
     def pid(self) -> int | None:
@@ -308,7 +313,7 @@ class HandlerInstance:
         self._started = True
         self.kind = message.head["kind"]
         self.generator = message.head["generator"]
-        self.max_in_flight = message.head["slots"]
+        self._slots = message.head["slots"]
         with self._lock:
             self._ready = process
             held = list(self._held)
@@ -380,7 +385,7 @@ class HandlerInstance:
         """The job is over, one way or another; and before that is said, what changes for the next ones does."""
         self._worked = True
         self._deadlines.pop(job.number, None)
-        self.max_in_flight = message.head["slots"]
+        self._slots = message.head["slots"]
         with self._lock:
             del self._jobs[job.number]
             if message.head["refresh"]:

@@ -10,25 +10,28 @@ from penstock.errors import ServingError
 from penstock.http_api.answers import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer, failure
 
 Event: TypeAlias = MutableMapping[str, Any]
+More: TypeAlias = Callable[[], Awaitable[bytes]]
 
 
 class MetricsApp:
     """An ASGI application: `GET /metrics`."""
 
-    def __init__(self, engine: Engine, keys: Keys | None = None) -> None:
+    def __init__(self, engine: Engine, keys: Keys | None = None, more: More | None = None) -> None:
+        """`more` gives text that others have to add: the job API."""
         self._engine = engine
         self._keys = keys
         self._gpus = gpu_metrics.find() if engine.settings.allow_gpu_metrics else None
+        self._more = more
 
     async def __call__(
         self, scope: Event, _receive: Callable[[], Awaitable[Event]], send: Callable[[Event], Awaitable[None]]
     ) -> None:
-        status, headers, body = self._answer(scope)
+        status, headers, body = await self._answer(scope)
         content = b"" if scope["method"] == "HEAD" else b"".join(body)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    def _answer(self, scope: Event) -> Answer:
+    async def _answer(self, scope: Event) -> Answer:
         if self._keys is not None:
             try:
                 self._keys.check(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"), "metrics")
@@ -38,4 +41,5 @@ class MetricsApp:
             return NOT_FOUND
         if scope["method"] not in ("GET", "HEAD"):
             return METHOD_NOT_ALLOWED
-        return answer(200, [metrics.render(self._engine, self._gpus)], content_type=metrics.CONTENT_TYPE.encode())
+        text = [metrics.render(self._engine, self._gpus), *([await self._more()] if self._more is not None else ())]
+        return answer(200, text, content_type=metrics.CONTENT_TYPE.encode())

@@ -7,7 +7,6 @@ after a crash queues none twice.
 """
 
 import asyncio
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import orjson
 
 from penstock.errors import Kind, ServingError
-from penstock.job_api.desk import Desk, Order, now_ms
+from penstock.job_api.desk import Desk, Order, new_id, now_ms
 from penstock.job_api.inputs import VALIDATION_ERROR, FieldError
 from penstock.job_api.store import Job, Request, State
 
@@ -67,7 +66,7 @@ class Batches:
             ]
             if len(drafts) >= MOST_DRAFTS:
                 raise ServingError(Kind.LIMITED, f"endpoint '{endpoint}' has {len(drafts)} drafts of batches already")
-            id = f"batch-{uuid.uuid4()}-u1"
+            id = new_id("batch-")
             await self._add(endpoint, id, id, documents, 0)
         return id
 

@@ -1,9 +1,9 @@
 """What both dialects do with jobs, in the words of neither: accept, wait, cancel."""
 
 import asyncio
+import os
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -125,7 +125,7 @@ class Desk:
     async def submit(self, order: Order) -> Request:
         """Queue a job; it is durable when this returns. Raises ServingError."""
         self._check_open()
-        request, _ = self.accept(order, f"{uuid.uuid4()}-u1", self.terms.retention_ms)
+        request, _ = self.accept(order, new_id(), self.terms.retention_ms)
         await self.store.add(request, self.terms.queue_limit)
         return request
 
@@ -133,7 +133,7 @@ class Desk:
         """Run a job and wait for it: as it ended, or as it stands once the wait is over. Raises ServingError."""
         self._check_open()
         started_s = time.monotonic()
-        id = f"sync-{uuid.uuid4()}-u1"
+        id = new_id("sync-")
         request, prepared = self.accept(order, id, self.terms.sync_retention_ms)
         claim = None
         if prepared is not None and not order.low_priority:
@@ -259,6 +259,15 @@ class Desk:
         raise FieldError(
             field, f"expected milliseconds from {low} to {high}, got {orjson.dumps(value).decode()}", VALIDATION_ERROR
         )
+
+
+def new_id(prefix: str = "") -> str:
+    """A UUID of version 7 (RFC 9562, 5.7) with RunPod's tag. It begins with the time: ids that are made one after the
+    other lie side by side in a store's index, where random ones would each touch a page of their own.
+    """
+    random = int.from_bytes(os.urandom(10))
+    text = f"{now_ms() << 80 | 7 << 76 | (random & 0xFFF) << 64 | 2 << 62 | random >> 18:032x}"
+    return f"{prefix}{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}-u1"
 
 
 def _known(job: Job | None, id: str) -> Job:

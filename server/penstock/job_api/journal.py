@@ -1,12 +1,18 @@
-"""What happened to the jobs of each endpoint, in a few words: a bounded ring of lines in memory."""
+"""What happened to the jobs of each endpoint, in a few words: a bounded ring of lines for each job, in memory."""
 
+import heapq
+import itertools
 import logging
-from collections import defaultdict, deque
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
+from typing import TypeAlias
 
-LINES = 1000  # of each endpoint
+LINES = 100  # of each job: one that says much drops its own first lines, and nobody else's
+JOBS = 500  # of each endpoint
 MODELS = "penstock.model."  # loggers of what models print
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -19,35 +25,50 @@ class Line:
     level: str
     job: str
     text: str
+    number: int  # in the order in which all were noted
 
     def __str__(self) -> str:
         of = f" {self.job}:" if self.job else ""
         return f"{iso(self.at_ms)} {self.level.upper()}{of} {self.text}"
 
 
+Rings: TypeAlias = OrderedDict[str, deque[Line]]  # by job, "" for none; the job that was noted first comes first
+
+
 class Journal:
-    """The last lines of each endpoint. Used on the event loop; forgotten with the process."""
+    """The last lines of the last jobs of each endpoint. Any thread; forgotten with the process."""
 
     def __init__(self) -> None:
-        self._rings: dict[str, deque[Line]] = defaultdict(lambda: deque(maxlen=LINES))
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._endpoints: defaultdict[str, Rings] = defaultdict(OrderedDict)
 
     def note(self, endpoint: str, at_ms: int, level: str, job: str, text: str) -> None:
-        self._rings[endpoint].append(Line(at_ms, level, job, text))
+        with self._lock:
+            rings = self._endpoints[endpoint]
+            ring = rings.get(job)
+            if ring is None:
+                ring = rings[job] = deque(maxlen=LINES)
+                if len(rings) > JOBS:
+                    rings.popitem(last=False)
+            ring.append(Line(at_ms, level, job, text, next(self._numbers)))
 
     def lines(
         self, endpoint: str, level: str = "debug", job: str = "", search: str = "", since_ms: int = 0, until_ms: int = 0
-    ) -> Iterator[Line]:
+    ) -> Sequence[Line]:
         """Oldest first: those of at least `level`, of one job, that contain `search`, between two moments (0: any)."""
         least = LEVELS.index(level)
-        for line in self._rings.get(endpoint, ()):
-            if (
-                LEVELS.index(line.level) >= least
-                and job in ("", line.job)
-                and search in line.text
-                and line.at_ms >= since_ms
-                and (not until_ms or line.at_ms <= until_ms)
-            ):
-                yield line
+        with self._lock:
+            rings = self._endpoints.get(endpoint, OrderedDict())
+            kept = [[*ring] for of, ring in rings.items() if job in ("", of)]
+        return [
+            line
+            for line in heapq.merge(*kept, key=attrgetter("number"))
+            if LEVELS.index(line.level) >= least
+            and search in line.text
+            and line.at_ms >= since_ms
+            and (not until_ms or line.at_ms <= until_ms)
+        ]
 
 
 def iso(at_ms: int) -> str:

@@ -295,16 +295,22 @@ def shown(job: Job) -> dict[str, Any]:
 
 
 def workers(desk: Desk, endpoint: str) -> dict[str, int]:
-    """Instances of an endpoint's model in this process: loaded ones, and whether there is a version that is not."""
+    """Instances of an endpoint's model in this process: loaded ones, those whose process is being replaced, and whether
+    there is a version that is not loaded.
+    """
     lifecycle = desk.engine.lifecycle
-    ready = desk.engine.model(endpoint).workers if lifecycle.ready_versions(endpoint) else 0
+    ready = replaced = 0
+    if lifecycle.ready_versions(endpoint):
+        model = desk.engine.model(endpoint)
+        ready = model.ready_workers
+        replaced = model.workers - ready
     running = min(ready, desk.worker.running(endpoint))
     states = lifecycle.states(endpoint)
     return {
         "idle": ready - running,
-        "initializing": states.count(ModelState.LOADING),
+        "initializing": states.count(ModelState.LOADING) + replaced,
         "ready": ready,
         "running": running,
         "throttled": 0,
-        "unhealthy": 0 if ready else states.count(ModelState.UNAVAILABLE),
+        "unhealthy": 0 if ready or replaced else states.count(ModelState.UNAVAILABLE),
     }

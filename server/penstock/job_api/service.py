@@ -10,14 +10,15 @@ from pathlib import Path
 from penstock import oip_json
 from penstock.engine import Engine
 from penstock.errors import ServingError
+from penstock.job_api import metrics
 from penstock.job_api.app import Check, JobApp
 from penstock.job_api.batches import Batches
 from penstock.job_api.desk import Desk, Terms
-from penstock.job_api.endpoints import why_not
+from penstock.job_api.endpoints import is_endpoint, why_not
 from penstock.job_api.journal import Journal, JournalHandler
 from penstock.job_api.rates import Rates
 from penstock.job_api.runpod import RunPod
-from penstock.job_api.store import JobStore, open_store
+from penstock.job_api.store import Counts, JobStore, open_store
 from penstock.job_api.tensorone import TensorOne
 from penstock.job_api.webhooks import Outbox
 from penstock.job_api.worker import Sizes, Worker
@@ -99,6 +100,17 @@ class JobService:
             self._posting.cancel()
             await asyncio.gather(self._posting, return_exceptions=True)
         await self._store.close()
+
+    async def metrics(self) -> bytes:
+        """What the metrics port shows of jobs: models that are served, and others that had jobs."""
+        served = [model.name for model in self._engine.lifecycle.models()]
+        try:
+            counted = await self._store.totals()
+        except ServingError as error:
+            logger.warning("metrics of jobs: %s", error.message)
+            return metrics.render(None, self._outbox.attempts)
+        names = sorted({name for name in (*served, *counted) if is_endpoint(name)})
+        return metrics.render({name: counted.get(name, Counts()) for name in names}, self._outbox.attempts)
 
     def _warn(self) -> None:
         """Say which models that are served have no job door, and why; each once."""

@@ -11,10 +11,10 @@ A job is forgotten at `expires_ms`: from then on every call that takes the time 
 removes it, or keeps what its webhook carries until that is delivered or given up.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from penstock.errors import Kind, ServingError
 
@@ -96,6 +96,7 @@ class Counts:
     cancelled: int = 0
     timed_out: int = 0
     retried: int = 0
+    accepted: int = 0  # by `add`
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,9 @@ class JobStore(Protocol):
     async def counts(self, endpoint: str) -> Counts:
         """How many jobs of an endpoint there are and were."""
 
+    async def totals(self) -> Mapping[str, Counts]:
+        """The counts of every endpoint that ever had a job."""
+
     async def due_webhooks(self, now_ms: int, limit: int, lease_ms: int) -> Sequence[Delivery]:
         """Take up to `limit` webhooks that are due, the longest due first. One that is neither delivered nor failed in
         `lease_ms` is due again, without counting an attempt.
@@ -235,8 +239,9 @@ class JobStore(Protocol):
         """
 
     async def recover(self, now_ms: int) -> Sweep:
-        """Called once, before the first claim: what an earlier process left running loses its worker now, without
-        waiting for leases to lapse, where this process is the only one that uses the store. Then as `sweep`.
+        """Called once, before the first claim: what an earlier process left running loses its worker now, and what
+        webhooks it was posting are due again as the same attempt, without waiting for leases to lapse, where this
+        process is the only one that uses the store. Then as `sweep`.
         """
 
     async def next_ms(self) -> int | None:
@@ -259,6 +264,49 @@ class JobStore(Protocol):
 
     async def close(self) -> None:
         """Finish what was called, then let go of the store. Every later call fails."""
+
+
+# How the stores that keep rows write what is not text: a state as its index, and behind the states what is counted
+# besides; the columns of a job, without its bytes, in the order in which `job_of` takes them.
+STATES = tuple(State)
+CODES = {state: code for code, state in enumerate(STATES)}
+RETRIED, ACCEPTED = len(STATES), len(STATES) + 1
+COLUMNS = """id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, webhook_form,
+    tags, batch, state, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms, error,
+    webhook_note"""
+
+
+def job_of(row: Sequence[Any], value: bytes | None, input: bytes = b"", passed: bytes = b"") -> Job:
+    """A job of which `row` begins with COLUMNS. `value` is what it has reported last: progress, or its output."""
+    (id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, form) = row[:9]
+    (tags, batch, code, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms) = row[9:20]
+    (error, note), state = row[20:22], STATES[code]
+    return Job(
+        Request(
+            id, endpoint, input, created_ms, ttl_ms, execution_timeout_ms, retention_ms, bool(low_priority), webhook,
+            form, passed, tags, batch,
+        ),
+        state, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms,
+        None if state.is_final else value, value if state.is_final else None, error, note,
+    )  # fmt: skip
+
+
+def added(request: Request, claim: Claim | None = None) -> Job:
+    """A job as `add` leaves it: waiting, or claimed with the same commit."""
+    now_ms = request.created_ms
+    expires_ms = now_ms + request.ttl_ms
+    if claim is None:
+        return Job(request, State.IN_QUEUE, queued_ms=now_ms, expires_ms=expires_ms)
+    lease_ms = now_ms + claim.lease_ms
+    return Job(request, State.IN_PROGRESS, 1, 0, claim.worker, now_ms, 0, now_ms, lease_ms, expires_ms)
+
+
+def counts_of(numbers: Iterable[Sequence[int]]) -> Counts:
+    """What (code, how many there are, how many there were) adds up to."""
+    here, ever = [0] * (ACCEPTED + 1), [0] * (ACCEPTED + 1)
+    for code, now, before in numbers:
+        here[code], ever[code] = now, before
+    return Counts(*here[:2], *ever[2:])
 
 
 def exists(id: str) -> ServingError:

@@ -9,13 +9,20 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from penstock.errors import Kind, ServingError
 from penstock.job_api.changes import Changes, work
 from penstock.job_api.store import (
+    ACCEPTED,
+    CODES,
+    COLUMNS,
     MAX_RETRIES,
+    RETRIED,
+    STATES,
     WEBHOOK_ATTEMPTS,
     WEBHOOK_INTERVAL_MS,
     WORKER_LOST,
@@ -28,8 +35,11 @@ from penstock.job_api.store import (
     Request,
     State,
     Sweep,
+    added,
+    counts_of,
     exists,
     full,
+    job_of,
     not_failed,
 )
 
@@ -51,9 +61,6 @@ SWEPT_AT_ONCE = 500  # jobs in one transaction of a sweep
 FOLD_AT = 256  # rows of `deltas` that are worth adding up
 PAYLOAD_BYTES = 7000  # of one notification; the server takes less than 8000
 
-STATES = tuple(State)  # in the tables: their index
-RETRIED = len(STATES)  # a row of `tally` that no job is in
-CODES = {state: code for code, state in enumerate(STATES)}
 CANCELLED, FAILED, TIMED_OUT = CODES[State.CANCELLED], CODES[State.FAILED], CODES[State.TIMED_OUT]
 
 # State 0 waits, 1 runs, from 2 on it is final. `n` is the order of submission, `value` the newest progress, then the
@@ -117,12 +124,10 @@ CREATE TABLE version (version integer NOT NULL);
 INSERT INTO version VALUES ({VERSION});
 """
 
-JOB = """jobs.id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, webhook_form,
-    tags, batch, state, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms, error,
-    webhook_note, jobs.value"""
+JOB = f"jobs.{COLUMNS}, jobs.value"
 
 # $1 id, $2 endpoint, $3 low_priority, $4 created_ms, ... $14 limit, $15 worker, $16 lease_ms or NULL
-ADD = """
+ADD = f"""
     WITH seen AS (
         SELECT
             $14::bigint > 0 AND $14 <= coalesce((SELECT here FROM numbers WHERE endpoint = $2 AND state = 0), 0) AS no,
@@ -138,7 +143,7 @@ ADD = """
             CASE WHEN first THEN $4 + $16 ELSE 0 END
         FROM seen WHERE NOT no
         ON CONFLICT (id) DO NOTHING RETURNING state
-    )
+    ), counted AS (INSERT INTO deltas SELECT $2, {ACCEPTED}, 0, 1 FROM added)
     SELECT no, (SELECT state FROM added) FROM seen"""
 WAITING = "SELECT coalesce(sum(here), 0)::bigint FROM numbers WHERE endpoint = $1 AND state = 0"
 CLAIM = f"""
@@ -225,6 +230,7 @@ FORGET = "DELETE FROM jobs WHERE id = ANY($1) AND NOT EXISTS (SELECT FROM outbox
 RUNNING = """
     SELECT id FROM jobs WHERE endpoint IN (SELECT endpoint FROM numbers WHERE state = 1 AND here > 0) AND state = 1
         AND expires_ms > $1 ORDER BY id FOR UPDATE"""
+UNTAKE = "UPDATE outbox SET taken = false, due_ms = $1 WHERE taken"
 NEXT = """
     SELECT (SELECT min(wake_ms) FROM jobs WHERE wake_ms IS NOT NULL), (SELECT min(due_ms) FROM outbox),
         (SELECT count(*) FROM (SELECT FROM deltas LIMIT $1) AS few)"""
@@ -301,9 +307,7 @@ class PostgresJobStore:
         self._note((request.id, work(request.endpoint)))
         if not claim or code == 0:
             return None
-        now_ms = request.created_ms
-        lease_ms, expires_ms = now_ms + claim.lease_ms, now_ms + request.ttl_ms
-        return Job(request, State.IN_PROGRESS, 1, 0, claim.worker, now_ms, 0, now_ms, lease_ms, expires_ms)
+        return added(request, claim)
 
     async def claim(self, slots: Mapping[str, int], worker: str, now_ms: int, lease_ms: int) -> Sequence[Job]:
         rows = await self._rows(CLAIM, list(slots), list(slots.values()), worker, now_ms, now_ms + lease_ms)
@@ -400,10 +404,11 @@ class PostgresJobStore:
         return purged
 
     async def counts(self, endpoint: str) -> Counts:
-        here, ever = [0] * (RETRIED + 1), [0] * (RETRIED + 1)
-        for row in await self._rows("SELECT state, here, ever FROM numbers WHERE endpoint = $1", endpoint):
-            here[row["state"]], ever[row["state"]] = row["here"], row["ever"]
-        return Counts(*here[:2], *ever[2:])
+        return counts_of(await self._rows("SELECT state, here, ever FROM numbers WHERE endpoint = $1", endpoint))
+
+    async def totals(self) -> Mapping[str, Counts]:
+        rows = await self._rows("SELECT endpoint, state, here, ever FROM numbers ORDER BY endpoint")
+        return {endpoint: counts_of(row[1:] for row in of) for endpoint, of in groupby(rows, itemgetter(0))}
 
     async def due_webhooks(self, now_ms: int, limit: int, lease_ms: int) -> Sequence[Delivery]:
         rows = await self._rows(DUE, now_ms, limit, now_ms + lease_ms)
@@ -451,6 +456,7 @@ class PostgresJobStore:
             if listener and await listener.fetchval(f"SELECT pg_try_advisory_lock({LOCK})"):
                 try:
                     async with self._transaction() as db:
+                        await db.execute(UNTAKE, now_ms)
                         lost = [row["id"] for row in await db.fetch(RUNNING, now_ms)]
                         changed = await _lose(db, lost, WORKER_LOST, now_ms)
                 finally:
@@ -626,36 +632,4 @@ def _plain(text: str) -> str:
 
 def _job(row: Row, input: bytes = b"", passed: bytes = b"") -> Job:
     """A row of JOB."""
-    id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, form, tags = row[:10]
-    batch, code, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms = row[10:20]
-    (error, note, value), state = row[20:23], STATES[code]
-    return Job(
-        Request(
-            id,
-            endpoint,
-            input,
-            created_ms,
-            ttl_ms,
-            execution_timeout_ms,
-            retention_ms,
-            low_priority,
-            webhook,
-            form,
-            passed,
-            tags,
-            batch,
-        ),
-        state,
-        attempt,
-        retries,
-        worker,
-        started_ms,
-        finished_ms,
-        queued_ms,
-        lease_ms,
-        expires_ms,
-        None if state.is_final else value,
-        value if state.is_final else None,
-        error,
-        note,
-    )
+    return job_of(row, row[22], input, passed)

@@ -10,7 +10,7 @@ anything less is warned about when the store is opened. All keys begin with the 
     P:batch:BATCH       sorted set: ids by submission
     P:wake              sorted set: ids by when a sweep must look; without those that are kept for their webhook alone
     P:due               sorted set: webhooks by when they are due
-    P:ever:ENDPOINT     hash: how many jobs ended in which way
+    P:ever:ENDPOINT     hash: how many jobs were accepted, and ended in which way
     P:endpoints         set: of every endpoint that had a job
     P:n, P:version      the last submission's number; the version of all this
     P:changes           channel: what changed, line by line, or * for anything
@@ -19,13 +19,14 @@ anything less is warned about when the store is opened. All keys begin with the 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from penstock.errors import Kind, ServingError
 from penstock.job_api.changes import Changes, work
 from penstock.job_api.store import (
+    CODES,
     MAX_RETRIES,
     WEBHOOK_ATTEMPTS,
     WEBHOOK_INTERVAL_MS,
@@ -39,8 +40,10 @@ from penstock.job_api.store import (
     Request,
     State,
     Sweep,
+    added,
     exists,
     full,
+    job_of,
     not_failed,
 )
 
@@ -213,6 +216,7 @@ function ops.add(id, endpoint, created, ttl, execution, retention, low, webhook,
         'note', '', 'drained', '0')
     if batch ~= '' then redis.call('ZADD', P .. ':batch:' .. batch, int(job.n), id) end
     redis.call('SADD', P .. ':endpoints', endpoint)
+    redis.call('HINCRBY', ever(endpoint), 'ACCEPTED', 1)
     place(job)
     wake(job, job.expires)
     note(id)
@@ -388,7 +392,16 @@ end
 
 function ops.counts(endpoint)
     return {{redis.call('ZCARD', within('IN_QUEUE', endpoint)), redis.call('ZCARD', within('IN_PROGRESS', endpoint)),
-        unpack(redis.call('HMGET', ever(endpoint), 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMED_OUT', 'RETRIED'))}}
+        unpack(redis.call('HMGET', ever(endpoint), 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMED_OUT', 'RETRIED',
+            'ACCEPTED'))}}
+end
+
+function ops.totals()
+    local rows = {{}}
+    for _, endpoint in ipairs(redis.call('SMEMBERS', P .. ':endpoints')) do
+        rows[#rows + 1] = {{endpoint, ops.counts(endpoint)}}
+    end
+    return rows
 end
 
 function ops.due(now, limit, lease)
@@ -441,6 +454,13 @@ function ops.recover(now_)
     local lost, now = {{}}, tonumber(now_)
     -- Each process that has the store open listens, on one connection.
     if redis.call('PUBSUB', 'NUMSUB', P .. ':changes')[2] > 1 then return lost end
+    for _, member in ipairs(redis.call('ZRANGE', DUE, 0, -1)) do
+        local post = key(string.sub(member, string.find(member, ':') + 1))
+        if redis.call('HGET', post, 'taken') == '1' then
+            redis.call('HSET', post, 'taken', '0')
+            redis.call('ZADD', DUE, now_, member)
+        end
+    end
     for _, endpoint in ipairs(redis.call('SMEMBERS', P .. ':endpoints')) do
         for _, id in ipairs(redis.call('ZRANGE', within('IN_PROGRESS', endpoint), 0, -1)) do
             local job = running(id, nil, now)
@@ -533,10 +553,8 @@ class RedisJobStore:
                 raise exists(request.id)
             case b"full":
                 raise full(request.endpoint, number, limit)
-            case b"taken" if claim:
-                now_ms = request.created_ms
-                lease_ms, expires_ms = now_ms + claim.lease_ms, now_ms + request.ttl_ms
-                return Job(request, State.IN_PROGRESS, 1, 0, claim.worker, now_ms, 0, now_ms, lease_ms, expires_ms)
+            case b"taken":
+                return added(request, claim)
         return None
 
     async def claim(self, slots: Mapping[str, int], worker: str, now_ms: int, lease_ms: int) -> Sequence[Job]:
@@ -600,7 +618,11 @@ class RedisJobStore:
         return _texts(await self._call("purge", endpoint, now_ms))
 
     async def counts(self, endpoint: str) -> Counts:
-        return Counts(*(int(number or 0) for number in await self._call("counts", endpoint)))
+        return _counts(await self._call("counts", endpoint))
+
+    async def totals(self) -> Mapping[str, Counts]:
+        rows = await self._call("totals")
+        return {endpoint.decode(): _counts(numbers) for endpoint, numbers in rows}
 
     async def due_webhooks(self, now_ms: int, limit: int, lease_ms: int) -> Sequence[Delivery]:
         rows = await self._call("due", now_ms, limit, lease_ms)
@@ -720,6 +742,10 @@ class RedisJobStore:
                 self._changes.note(set(message["data"].decode().split("\n")))
 
 
+def _counts(numbers: Sequence[Any]) -> Counts:
+    return Counts(*(int(number or 0) for number in numbers))
+
+
 def _pairs(given: Mapping[str, int]) -> Sequence[str | int]:
     return [one for pair in given.items() for one in pair]
 
@@ -734,36 +760,28 @@ def _chunks(given: tuple[bytes, bytes | int, Sequence[bytes]] | None) -> Chunks 
 
 def _job(row: Row, input: bytes = b"", passed: bytes = b"") -> Job:
     """A row of FIELDS."""
-    id, endpoint, created, ttl, execution, retention, low, webhook, form, tags, batch = row[:11]
-    code, attempt, retries, worker, started, finished, queued, lease, expires, error, note, value = row[11:23]
-    state = State(code.decode())
-    return Job(
-        Request(
-            id.decode(),
-            endpoint.decode(),
-            input,
-            int(created),
-            int(ttl),
-            int(execution),
-            int(retention),
-            low == b"1",
-            webhook.decode(),
-            form.decode(),
-            passed,
-            tags,
-            batch.decode(),
-        ),
-        state,
-        int(attempt),
-        int(retries),
-        worker.decode(),
-        int(started),
-        int(finished),
-        int(queued),
-        int(lease),
-        int(expires),
-        None if state.is_final else value,
-        value if state.is_final else None,
-        None if error is None else error.decode(),
-        note.decode(),
-    )
+    columns = [read(field) for read, field in zip(READ, row, strict=False)]
+    return job_of(columns, row[22], input, passed)
+
+
+def _text(field: bytes) -> str:
+    return field.decode()
+
+
+def _error(field: bytes | None) -> str | None:
+    return None if field is None else field.decode()
+
+
+def _code(field: bytes) -> int:
+    return CODES[State(field.decode())]
+
+
+def _bytes(field: bytes) -> bytes:
+    return field
+
+
+# What becomes of each of FIELDS but the value.
+READ: tuple[Callable[[Any], Any], ...] = (
+    _text, _text, int, int, int, int, int, _text, _text, _bytes, _text,
+    _code, int, int, _text, int, int, int, int, int, _error, _text,
+)  # fmt: skip

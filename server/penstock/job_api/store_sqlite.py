@@ -1,26 +1,35 @@
 """Jobs in one SQLite file: no server, nothing to install, and every answer waits for the disk.
 
 One thread has the connection. Whatever was called while it wrote becomes one transaction, so that many jobs share the
-cost of one fsync. What must agree with a job's state (the counters, the outbox, what it leaves behind) is kept by
-triggers, in the same transaction and the same step.
+cost of one fsync. What must agree with a change of a job's state (the counters, the outbox, what it leaves behind) is
+kept by triggers, in the same transaction and the same step; what enters together is counted together.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import queue
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 from penstock.errors import Kind, ServingError
 from penstock.job_api.changes import Changes, work
 from penstock.job_api.store import (
+    ACCEPTED,
+    CODES,
+    COLUMNS,
     MAX_RETRIES,
+    RETRIED,
+    STATES,
     WEBHOOK_ATTEMPTS,
     WEBHOOK_INTERVAL_MS,
     WORKER_LOST,
@@ -33,24 +42,26 @@ from penstock.job_api.store import (
     Request,
     State,
     Sweep,
+    added,
+    counts_of,
     exists,
     full,
+    job_of,
     not_failed,
 )
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Row: TypeAlias = tuple[Any, ...]
 
-VERSION = 1  # of the schema, in user_version
+VERSION = 2  # of the schema, in user_version
 APPLICATION_ID = 0x50454E53  # "PENS": whose file it is
 GROUP = 256  # from so many calls on a transaction waits for no more
 SWEPT_AT_ONCE = 500  # jobs in one transaction of a sweep, so that other calls come between
 BUSY_S = 5.0  # how long another process may hold the write lock
 POLL_S = 0.1  # how often to look whether another process has written, while somebody waits
 
-STATES = tuple(State)  # in the file: their index
-RETRIED = len(STATES)  # a row of `tally` that no job is in
-CODES = {state: code for code, state in enumerate(STATES)}
 CANCELLED, FAILED, TIMED_OUT = CODES[State.CANCELLED], CODES[State.FAILED], CODES[State.TIMED_OUT]
 
 # State 0 waits, 1 runs, from 2 on it is final. `n` is the order of submission. Inputs, and values (the newest progress,
@@ -83,10 +94,7 @@ CREATE TABLE IF NOT EXISTS tally (
     endpoint TEXT, state INTEGER, here INTEGER NOT NULL, ever INTEGER NOT NULL, PRIMARY KEY (endpoint, state)
 ) STRICT, WITHOUT ROWID;
 
-CREATE TRIGGER IF NOT EXISTS entered AFTER INSERT ON jobs BEGIN
-    INSERT INTO tally VALUES (new.endpoint, new.state, 1, 1)
-        ON CONFLICT DO UPDATE SET here = here + 1, ever = ever + 1;
-END;
+DROP TRIGGER IF EXISTS entered; -- of version 1: a group of submissions is counted by who enters it, in one step
 CREATE TRIGGER IF NOT EXISTS moved AFTER UPDATE OF state ON jobs BEGIN
     UPDATE tally SET here = here - 1 WHERE endpoint = old.endpoint AND state = old.state;
     INSERT INTO tally VALUES (new.endpoint, new.state, 1, 1)
@@ -120,9 +128,6 @@ PRAGMA user_version = {VERSION};
 COMMIT;
 """
 
-JOB = """id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, webhook_form,
-    tags, batch, state, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms,
-    error, webhook_note"""
 VALUE = "(SELECT value FROM vals WHERE vals.n = jobs.n)"
 INPUT = "(SELECT input FROM inputs WHERE inputs.n = jobs.n)"
 PASSED = "(SELECT passed FROM inputs WHERE inputs.n = jobs.n)"
@@ -136,12 +141,15 @@ ENTER = {
 }
 ENTER_INPUTS = {k: "INSERT INTO inputs VALUES " + ", ".join(["(?, ?, ?)"] * k) for k in ENTER_SIZES}
 
+COUNT = """
+    INSERT INTO tally VALUES (?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET here = here + excluded.here, ever = ever + excluded.ever"""
 CLAIM = f"""
     UPDATE jobs SET state = 1, attempt = attempt + 1, worker = :worker, started_ms = :now, lease_ms = :lease,
         wake_ms = min(expires_ms, :lease)
     WHERE n IN (SELECT n FROM jobs WHERE endpoint = :endpoint AND state = 0 AND expires_ms > :now
         ORDER BY low_priority, n LIMIT :free)
-    RETURNING {JOB}, NULL, {INPUT}, {PASSED}, n"""
+    RETURNING {COLUMNS}, NULL, {INPUT}, {PASSED}, n"""
 # The running jobs of a JSON object {id: attempt}.
 HELD = """FROM json_each(:held) AS held
     WHERE jobs.id = held.key AND attempt = held.value AND state = 1 AND expires_ms > :now"""
@@ -151,6 +159,7 @@ FIND_HELD = f"SELECT jobs.n {HELD.replace('FROM', 'FROM jobs,')}"
 RUNNING = """
     SELECT n FROM jobs
     WHERE endpoint IN (SELECT endpoint FROM tally WHERE state = 1 AND here > 0) AND state = 1 AND expires_ms > ?"""
+UNTAKE = "UPDATE outbox SET taken = 0, due_ms = ? WHERE taken"
 KEEP = "UPDATE jobs SET expires_ms = :until, wake_ms = :until WHERE id = :id AND state > 1 AND wake_ms NOT NULL"
 # The jobs of a JSON array of `n`.
 THESE = "n IN (SELECT value FROM json_each(:these))"
@@ -174,13 +183,13 @@ REQUEUE = """
 EXPIRE = f"""
     UPDATE jobs SET state = {TIMED_OUT}, error = 'ttl of ' || ttl_ms || ' ms expired', finished_ms = :now, lease_ms = 0
     WHERE {THESE}"""
-GET = f"SELECT {JOB}, {VALUE} FROM jobs WHERE id = ? AND expires_ms > ? AND ? IN ('', endpoint)"
+GET = f"SELECT {COLUMNS}, {VALUE} FROM jobs WHERE id = ? AND expires_ms > ? AND ? IN ('', endpoint)"
 GET_WHOLE = GET.replace(" FROM jobs", f", {INPUT} FROM jobs")
 AHEAD = "SELECT 1 FROM jobs WHERE endpoint = ? AND state = 0 AND low_priority <= ? AND expires_ms > ? LIMIT 1"
 # Of each state and priority as many as the page could need, straight from the index, then their order.
 LIST = (
     f"""
-    SELECT {JOB}, {VALUE} FROM jobs WHERE n IN ("""
+    SELECT {COLUMNS}, {VALUE} FROM jobs WHERE n IN ("""
     + " UNION ALL ".join(
         f"""SELECT n FROM (SELECT n FROM jobs WHERE endpoint = :endpoint AND state = {code} AND low_priority = {low}
         AND :state IN ({code}, -1) ORDER BY n DESC LIMIT :offset + :limit)"""
@@ -193,7 +202,7 @@ LIST = (
 
 TOTAL = "SELECT ifnull(sum(here), 0) FROM tally WHERE endpoint = :endpoint AND :state IN (state, -1)"
 OF_BATCH = "FROM jobs WHERE batch = :batch AND batch <> '' AND endpoint = :endpoint AND :state IN (state, -1)"
-LIST_BATCH = f"SELECT {JOB}, {VALUE} {OF_BATCH} ORDER BY n DESC LIMIT :limit OFFSET :offset"
+LIST_BATCH = f"SELECT {COLUMNS}, {VALUE} {OF_BATCH} ORDER BY n DESC LIMIT :limit OFFSET :offset"
 TOTAL_OF_BATCH = f"SELECT count(*) {OF_BATCH}"
 
 
@@ -310,7 +319,7 @@ class SqliteJobStore:
         def run(db: sqlite3.Connection, changed: _Keys) -> list[Job]:
             found = [row[0] for row in db.execute(FIND_HELD, {"held": json.dumps(dict(held)), "now": now_ms})]
             _lose(db, found, error, now_ms, changed)
-            lost = db.execute(f"SELECT {JOB}, NULL FROM jobs WHERE {THESE}", {"these": json.dumps(found)})
+            lost = db.execute(f"SELECT {COLUMNS}, NULL FROM jobs WHERE {THESE}", {"these": json.dumps(found)})
             jobs = {row[0]: _job(row) for row in lost}
             return [jobs[id] for id in held if id in jobs]
 
@@ -430,10 +439,14 @@ class SqliteJobStore:
 
     async def counts(self, endpoint: str) -> Counts:
         def run(db: sqlite3.Connection) -> Counts:
-            here, ever = [0] * (RETRIED + 1), [0] * (RETRIED + 1)
-            for state, *numbers in db.execute("SELECT state, here, ever FROM tally WHERE endpoint = ?", (endpoint,)):
-                here[state], ever[state] = numbers
-            return Counts(*here[:2], *ever[2:])
+            return counts_of(db.execute("SELECT state, here, ever FROM tally WHERE endpoint = ?", (endpoint,)))
+
+        return await self._read(run)
+
+    async def totals(self) -> Mapping[str, Counts]:
+        def run(db: sqlite3.Connection) -> Mapping[str, Counts]:
+            rows = db.execute("SELECT endpoint, state, here, ever FROM tally ORDER BY endpoint")
+            return {endpoint: counts_of(row[1:] for row in of) for endpoint, of in groupby(rows, itemgetter(0))}
 
         return await self._read(run)
 
@@ -445,7 +458,7 @@ class SqliteJobStore:
             taken = []
             for n, failed in due:
                 db.execute("UPDATE outbox SET taken = 1, due_ms = ? WHERE n = ?", (now_ms + lease_ms, n))
-                row = db.execute(f"SELECT {JOB}, {VALUE}, {INPUT} FROM jobs WHERE n = ?", (n,)).fetchone()
+                row = db.execute(f"SELECT {COLUMNS}, {VALUE}, {INPUT} FROM jobs WHERE n = ?", (n,)).fetchone()
                 taken.append(Delivery(_job(row, input=row[-1]), failed + 1))
             return taken
 
@@ -485,7 +498,9 @@ class SqliteJobStore:
 
         def run(db: sqlite3.Connection, noted: _Keys) -> None:
             if not self._is_alone():
+                logger.info("job store %s: another server has it open too; they share its jobs", self._path)
                 return
+            db.execute(UNTAKE, (now_ms,))
             lost[:] = _lose(db, [row[0] for row in db.execute(RUNNING, (now_ms,))], WORKER_LOST, now_ms, noted)
 
         await self._write(run)
@@ -594,7 +609,7 @@ class SqliteJobStore:
         """The thread: open, do what is called until the store is closed, close."""
         try:
             db = _connect(self._path)
-        except (sqlite3.Error, ServingError) as error:
+        except (sqlite3.Error, OSError, ServingError) as error:
             first = self._groups.get()
             assert first is not None
             self._answer([(call.future, None, self._told(error)) for call in first])
@@ -624,8 +639,8 @@ class SqliteJobStore:
         self._loop.call_soon_threadsafe(self._settle, outcomes, changed)
 
     def _told(self, error: Exception) -> Exception:
-        """What the caller is told: an error of SQLite's as ServingError(UNAVAILABLE), any other as it is."""
-        if not isinstance(error, sqlite3.Error):
+        """What the caller is told: SQLite's error and the disk's as ServingError(UNAVAILABLE), any other as it is."""
+        if not isinstance(error, sqlite3.Error | OSError):
             return error
         told = ServingError(Kind.UNAVAILABLE, f"job store {self._path}: {error}")
         told.__cause__ = error
@@ -680,6 +695,8 @@ def _hold(path: str) -> int:
 
 
 def _connect(path: str) -> sqlite3.Connection:
+    with contextlib.suppress(FileExistsError):  # its owner's alone, for jobs may hold secrets; the log takes that over
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, cached_statements=256)
     try:
         _prepare(db, path)
@@ -703,7 +720,7 @@ def _prepare(db: sqlite3.Connection, path: str) -> None:
     if mode != "wal":
         raise ServingError(Kind.UNAVAILABLE, f"job store {path}: its file system does not allow a write-ahead log")
     db.execute("PRAGMA synchronous = FULL")  # an answer means that the job survives a power cut
-    db.execute("PRAGMA cache_size = -32768")  # KiB
+    db.execute("PRAGMA cache_size = -8192")  # KiB
     db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages
     db.execute(f"PRAGMA journal_size_limit = {64 << 20}")  # bytes that the log keeps after a checkpoint
     if version < VERSION:
@@ -720,6 +737,7 @@ def _enter(db: sqlite3.Connection, adds: Sequence[_Add], changed: _Keys) -> _Out
     outcomes: _Outcomes = []
     waiting: dict[str, int] = {}  # by endpoint, these submissions included
     ahead: dict[tuple[str, bool], bool] = {}  # whether a job of this endpoint waits that is taken before this priority
+    entered: Counter[tuple[str, int]] = Counter()  # by endpoint and state
     accepted: list[tuple[Any, ...]] = []
     inputs: list[tuple[Any, ...]] = []
     (n,) = db.execute("SELECT ifnull(max(n), 0) + 1 FROM jobs").fetchone()
@@ -739,11 +757,12 @@ def _enter(db: sqlite3.Connection, adds: Sequence[_Add], changed: _Keys) -> _Out
             if ahead[endpoint, low_priority]:
                 claim = None
         expires_ms = now_ms + request.ttl_ms
-        job = Job(request, State.IN_QUEUE, queued_ms=now_ms, expires_ms=expires_ms)
+        claimed = (0, 0, "", 0, 0)  # state, attempt, worker, started_ms, lease_ms
+        wake_ms = expires_ms
         if claim:
-            job = Job(
-                request, State.IN_PROGRESS, 1, 0, claim.worker, now_ms, 0, now_ms, now_ms + claim.lease_ms, expires_ms
-            )
+            lease_ms = now_ms + claim.lease_ms
+            claimed = (1, 1, claim.worker, now_ms, lease_ms)
+            wake_ms = min(expires_ms, lease_ms)
         else:
             waiting[endpoint] += 1
             ahead[endpoint, True] = True
@@ -764,17 +783,14 @@ def _enter(db: sqlite3.Connection, adds: Sequence[_Add], changed: _Keys) -> _Out
                 request.batch,
                 now_ms,
                 expires_ms,
-                min(expires_ms, job.lease_ms or expires_ms),
-                CODES[job.state],
-                job.attempt,
-                job.worker,
-                job.started_ms,
-                job.lease_ms,
+                wake_ms,
+                *claimed,
             )
         )
+        entered[endpoint, claimed[0]] += 1
         inputs.append((n, request.input, request.passed))
         n += 1
-        outcomes.append((add.future, job if claim else None, None))
+        outcomes.append((add.future, added(request, claim) if claim else None, None))
         if not claim:
             changed.append(work(endpoint))
     start = 0
@@ -784,6 +800,9 @@ def _enter(db: sqlite3.Connection, adds: Sequence[_Add], changed: _Keys) -> _Out
             db.execute(ENTER[size], list(chain.from_iterable(accepted[start:end])))
             db.execute(ENTER_INPUTS[size], list(chain.from_iterable(inputs[start:end])))
             start = end
+    for (endpoint, code), number in entered.items():
+        db.execute(COUNT, (endpoint, code, number, number))
+        db.execute(COUNT, (endpoint, ACCEPTED, 0, number))
     return outcomes
 
 
@@ -830,37 +849,5 @@ def _sweep(db: sqlite3.Connection, now_ms: int, noted: _Keys) -> tuple[Sweep, bo
 
 
 def _job(row: Row, input: bytes = b"", passed: bytes = b"") -> Job:
-    """A row of JOB, and the job's value."""
-    (id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, form) = row[:9]
-    (tags, batch, code, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms) = row[9:20]
-    (error, note, value), state = row[20:23], STATES[code]
-    return Job(
-        Request(
-            id,
-            endpoint,
-            input,
-            created_ms,
-            ttl_ms,
-            execution_timeout_ms,
-            retention_ms,
-            bool(low_priority),
-            webhook,
-            form,
-            passed,
-            tags,
-            batch,
-        ),
-        state,
-        attempt,
-        retries,
-        worker,
-        started_ms,
-        finished_ms,
-        queued_ms,
-        lease_ms,
-        expires_ms,
-        None if state.is_final else value,
-        value if state.is_final else None,
-        error,
-        note,
-    )
+    """A row of COLUMNS and the value."""
+    return job_of(row, row[22], input, passed)

@@ -17,7 +17,7 @@ from penstock.http_api.answers import BESIDES, STATUS, Answer, answer
 from penstock.job_api.app import Call, MethodError, Operation, bound, dumped, members
 from penstock.job_api.desk import Desk, Order, clamped, now_ms, whole_number
 from penstock.job_api.inputs import INPUT, INVALID_INPUT, VALIDATION_ERROR, FieldError, is_handler
-from penstock.job_api.journal import LEVELS, LINES, iso
+from penstock.job_api.journal import LEVELS, iso
 from penstock.job_api.rates import Window
 from penstock.job_api.store import Job, State
 from penstock.lifecycle import State as ModelState
@@ -26,6 +26,7 @@ from penstock.model import Model, zeros
 WAIT_MS = 300_000  # of runsync: the clients' advised timeout
 PRIORITIES = ("low", "normal", "high")
 CHECKS = ("basic", "detailed", "deep")
+LOG_LINES = "1000"  # that are shown if not said
 MOST_IDS = 1000  # in a request for many
 WORDS = {
     State.IN_QUEUE: "queued",
@@ -323,7 +324,7 @@ class TensorOne:
         """`basic` looks at the model's state, `detailed` at the job store too, and `deep` runs the model."""
         started_s = time.monotonic()
         model = self._model(endpoint)
-        checks = {"model": "healthy" if model is not None else "unhealthy"}
+        checks = {"model": "healthy" if model is not None and model.ready_workers else "unhealthy"}
         if check != "basic":
             checks = {"api": "healthy", **checks, "store": await self._store_health(endpoint)}
         if check == "deep" and model is not None:
@@ -392,7 +393,7 @@ class TensorOne:
         if form not in ("json", "text"):
             raise FieldError("format", "expected json or text", VALIDATION_ERROR)
         offset = max(0, whole_number(query.get("offset", "0"), "offset"))
-        limit = max(0, whole_number(query.get("limit", str(LINES)), "limit"))
+        limit = max(0, whole_number(query.get("limit", LOG_LINES), "limit"))
         since_ms, until_ms = _moment(query.get("startTime"), "startTime"), _moment(query.get("endTime"), "endTime")
         found = self._desk.journal.lines(
             endpoint, level, query.get("jobId", ""), query.get("search", ""), since_ms, until_ms

@@ -14,12 +14,14 @@ import logging
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from urllib.parse import SplitResult, quote, urlsplit
 
 import penstock
 from penstock.errors import Kind, ServingError
 from penstock.job_api.journal import Journal
+from penstock.job_api.metrics import DELIVERED, FAILED, GIVEN_UP
 from penstock.job_api.store import WEBHOOK_ATTEMPTS, WEBHOOK_INTERVAL_MS, Delivery, Job, JobStore
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ class Outbox:
         self._context = context
         self._poked = asyncio.Event()
         self._posting: set[asyncio.Task[None]] = set()
+        self.attempts: Counter[tuple[str, str]] = Counter()  # by endpoint, and by how they went
 
     def poke(self) -> None:
         self._poked.set()
@@ -147,7 +150,9 @@ class Outbox:
         level = "info" if delivered else "warning"
         which = f"webhook attempt {delivery.attempt} of {WEBHOOK_ATTEMPTS}"
         self._journal.note(request.endpoint, _now_ms(), level, request.id, f"{which}: {note}")
-        if not delivered and delivery.attempt >= WEBHOOK_ATTEMPTS:
+        given_up = not delivered and delivery.attempt >= WEBHOOK_ATTEMPTS
+        self.attempts[request.endpoint, DELIVERED if delivered else GIVEN_UP if given_up else FAILED] += 1
+        if given_up:
             logger.warning("job %s: its webhook was given up: %s", request.id, note)
         await self._store.webhook_sent(request.id, delivery.attempt, delivered, _now_ms(), note)
         if not delivered:

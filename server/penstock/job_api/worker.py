@@ -32,6 +32,7 @@ LEASE_MS = 15_000  # how long after its process was killed a job is known to be 
 RENEW_S = LEASE_MS / 3000
 TICK_S = 1.0  # how late what time brings may be done
 LOOK_S = 10.0  # how late a job is found that nobody told of
+REPLACED_S = 0.1  # how late it is found that a process that runs jobs was replaced
 PAUSE_S = 1.0  # before what failed for a while is tried again
 SAVE_PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # between attempts to record a result while the store cannot be reached
 PENDING_CHUNKS = 32  # that may wait to be recorded before their producer does
@@ -96,6 +97,7 @@ class Worker:
         self._taken: Counter[str] = Counter()  # slots by endpoint
         self._full: set[str] = set()  # endpoints whose jobs may wait for want of a slot
         self._paused: set[str] = set()  # endpoints that could not be served a moment ago
+        self._replacing = False  # an endpoint has fewer slots than it will have, for a process of it is being replaced
         self._changed = asyncio.Event()  # there may be slots that there were not
         self._loops: list[asyncio.Task[None]] = []
         self._unwatch: Callable[[], None] = lambda: None
@@ -128,9 +130,11 @@ class Worker:
         """
         free = {}
         self._full.clear()
+        self._replacing = False
         for model in {model.name: model for model in self._engine.lifecycle.models()}.values():
             if model.name not in self._paused and is_endpoint(model.name):
                 slots = model.concurrency - self._taken[model.name]
+                self._replacing |= model.ready_workers < model.workers
                 if slots > 0:
                     free[model.name] = (slots + 1) // 2
                 else:
@@ -324,7 +328,8 @@ class Worker:
         if free:
             waits.append(asyncio.ensure_future(self._store.wait_work(list(free), LOOK_S, tick)))
         try:
-            done, _ = await asyncio.wait(waits, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            timeout_s = REPLACED_S if self._replacing else LOOK_S
+            done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             for wait in done:
                 wait.result()
         finally:
