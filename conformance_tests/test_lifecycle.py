@@ -40,7 +40,7 @@ def test_a_signal_ends_the_server_in_good_order(process: StartServer, number: si
 @clause("lifecycle.drain")
 def test_what_was_accepted_is_answered_before_the_end(process: StartServer, tmp_path: Path) -> None:
     make_fixtures(tmp_path / "models")
-    running = process([tmp_path / "models"])
+    running = process([SAMPLES, tmp_path / "models"])
     http = HttpClient(running.http)
     body = encode(
         {

@@ -7,6 +7,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from .arithmetic import multiple
+from .ensembles import make_broken_ensembles, make_ensembles
 from .graphs import OPSET, Directory, Files, Shape, graph, node, tensor
 
 # The protocol's name of each datatype, in lower case, and the ONNX element type behind it.
@@ -31,7 +32,7 @@ NOT_ONNX = b"This file is called model.onnx and is none.\n"
 
 
 def make_fixtures(directory: Path) -> None:
-    """Write the models that load. Files already there with the same bytes are left untouched.
+    """Write the models that load beside the sample models. Files already there with the same bytes are left untouched.
 
     - identity_<datatype>: INPUT0 → OUTPUT0 [rows,columns], for each of ELEMENT_TYPES
     - identity_scalar_fp32 [], identity_1d_int64 [length], identity_rank4_fp32: the same in other ranks
@@ -54,6 +55,7 @@ def make_fixtures(directory: Path) -> None:
       Its directories 03 and notes are no versions
     - latest_two: the same in versions 1, 2 and 3, the highest two served
     - specific_versions: likewise, of which 1, 3 and 4 are asked for
+    - ensemble_...: as `make_ensembles` says
     """
     for name, element_type in ELEMENT_TYPES.items():
         _identity(f"identity_{name}", element_type, MATRIX).write(directory)
@@ -77,6 +79,7 @@ def make_fixtures(directory: Path) -> None:
     }.items():
         config = f"version_policy {{ {policy} }}\n"
         _multiples(name, (1, 2, 3), {"config.pbtxt": config}).write(directory)
+    make_ensembles(directory)
 
 
 def make_batching_fixtures(directory: Path, *names: str) -> None:
@@ -99,6 +102,7 @@ def make_broken_fixtures(directory: Path) -> None:
     - warmup_fails, warmup_short: as `warmed`, with an index that is out of range; with a file that is too short
     - unsupported_datatype: OUTPUT0 is FP8, for which the protocol has no name
     - sequence_output: OUTPUT0 is a sequence of tensors
+    - ensemble_...: as `make_broken_ensembles` says
     """
     matrix = _identity_graph(TensorProto.FLOAT, MATRIX)
     repository: dict[str, Files] = {
@@ -129,6 +133,7 @@ def make_broken_fixtures(directory: Path) -> None:
     }
     _warmed("warmup_fails", [0, 9, 0]).write(directory)
     _warmed("warmup_short", [0]).write(directory)
+    make_broken_ensembles(directory)
     for name, files in repository.items():
         Directory(name, files).write(directory)
 

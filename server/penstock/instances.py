@@ -83,6 +83,7 @@ class Crew:
         self._closed = False
         self._slow_runs = 0  # inline, in a row
         self._inline_bytes = -1  # the largest request that may run inline; -1: none
+        self._starts_inline = False
         self._deadlines = Deadlines(f"{name}-deadlines", self._expired)
         self._workers = [Worker(instance, self._lock) for instance in instances]
         self._limiter = limiter
@@ -128,9 +129,16 @@ class Crew:
         """
         self._inline_bytes = request_bytes if self._limiter is None else -1
 
+    def start_inline(self) -> None:
+        """Start every request on the thread that submits it: for one instance that takes any number of them."""
+        self._starts_inline = True
+
     def submit(self, pending: Pending, request_bytes: int) -> None:
         """Queue the request, or run it here and now. Raises ServingError if it cannot be accepted."""
         pending.holder = self
+        if self._starts_inline:
+            self._submit_started(pending)
+            return
         claimed = None
         now_ns = pending.arrived_ns
         with self._lock:
@@ -150,6 +158,17 @@ class Crew:
                 self._queued(pending, now_ns)
         if claimed:
             self._run_inline(claimed, pending)
+
+    def _submit_started(self, pending: Pending) -> None:
+        [worker] = self._workers
+        with self._lock:
+            if self._draining:
+                raise _stopping(pending)
+            self._unfinished += 1
+            worker.in_flight += 1
+            if pending.expires_ns:
+                self._deadlines.add(pending, pending.expires_ns)
+        self._start(worker, [pending])
 
     def submit_all(self, parts: Sequence[Pending]) -> None:
         """Queue all of these, or none. Raises ServingError if one of them cannot be accepted."""
@@ -200,7 +219,8 @@ class Crew:
         finally:
             with self._lock:
                 worker.in_flight -= 1
-                worker.wake.notify()
+                if not self._starts_inline:
+                    worker.wake.notify()
             self._ended([pending])
 
     def _expired(self, pending: Pending, now_ns: int) -> None:

@@ -1,23 +1,26 @@
 """The model table: which versions are served, in what state the others are, and how they come and go."""
 
 import dataclasses
+import functools
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from penstock import model_config, pb, rate, repository, warmup
+from penstock import members, model_config, pb, rate, repository, warmup
 from penstock.cache import ResponseCache
 from penstock.devices import cpu_count, gpu_count
 from penstock.errors import DeviceLostError, Kind, ServingError
+from penstock.members import Members, Needs
 from penstock.model import Loaded, Model
-from penstock.model_config import Note, unheard
+from penstock.model_config import ENSEMBLE, Note, unheard
 from penstock.rate import RateLimiter
 from penstock.repository import ModelSource
 from penstock.runtime import Find, Instance, ModelFiles, Placement, Runtime, find
@@ -45,6 +48,7 @@ class Record:
     state: State
     reason: str = ""
     model: Model | None = None  # while READY or UNLOADING
+    ending: str = UNLOADED  # the reason once it is unloaded
 
 
 @dataclass(slots=True)
@@ -54,6 +58,7 @@ class Entry:
     versions: dict[int, Record] = field(default_factory=dict)
     failure: str = ""  # why the last load failed before any version was known
     fingerprint: dict[str, int] = field(default_factory=dict)  # of what was loaded last; owned by `operation`
+    origin: tuple[ModelSource, pb.ModelConfig] | None = None  # what serves, or shall once it can; None: nothing shall
     operation: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -79,6 +84,8 @@ class Lifecycle:
         self._serving: dict[str, dict[str, Model]] = {}  # name → version, or "" for the highest that is READY
         self._retiring: set[Record] = set()  # replaced or unloaded, and not yet drained
         self._lock = threading.Lock()
+        self._lent: Counter[Model] = Counter()  # to models that call them
+        self._given_back = threading.Condition(self._lock)
         self._watchers: dict[object, Callable[[], None]] = {}
         self._started = False
         self._exiting = False
@@ -228,17 +235,10 @@ class Lifecycle:
                 "NO MODEL IN %s: expected .onnx files, or a directory per model with version directories in it "
                 "(such as my_model/1/model.onnx)", where,
             )  # fmt: skip
-        names: Iterable[str] = sources
+        names: Collection[str] = sources
         if self._settings.model_control_mode == "explicit" and self._settings.load_model != ("*",):
             names = dict.fromkeys(self._settings.load_model)
-        loads = [(name, self._models_pool.submit(self._load, name, sources)) for name in names]
-        for name, load in loads:
-            error = load.exception()
-            if isinstance(error, ServingError):
-                logger.error("%s", error.message.strip())
-            elif error is not None:
-                logger.error("loading model '%s' failed", name, exc_info=error)
-                self._fail(name, f"{type(error).__name__}: {error}")
+        self._load_all(names, sources)
         self._started = True
         self._notify()
 
@@ -249,7 +249,8 @@ class Lifecycle:
         """
         if self._exiting:
             raise ServingError(Kind.UNAVAILABLE, "Server not ready")
-        self._models_pool.submit(lambda: self._load(name, self._scan())).result()
+        if error := self._load_all([name], self._scan()).get(name):
+            raise error
 
     def unload(self, name: str) -> None:
         """Stop serving a model. Returns at once: accepted requests finish first. Unknown names are none too many."""
@@ -258,10 +259,12 @@ class Lifecycle:
         if entry is None:
             return
         with entry.operation:
+            entry.origin = None
             with self._lock:
                 retired = [record for record in entry.versions.values() if record.state is State.READY]
                 self._publish(name, entry, retired)
             self._release(name, retired)
+        self._follow([name])
 
     def lose_device(self, lost: Model, error: DeviceLostError) -> None:
         """End the versions that shared a GPU's context with the one that lost it; what runs on the CPU goes on.
@@ -279,33 +282,131 @@ class Lifecycle:
             for name, records in gone.items():
                 self._publish(name, self._entries[name], records)
                 for record in records:
-                    record.state, record.reason = State.UNAVAILABLE, error.message
+                    record.state = State.UNAVAILABLE
+                    record.reason = record.ending = error.message
         if first:
             logger.error("%s; %s. Only a new process can use it again", error.message, _ended(gone))
         for name, records in gone.items():
             self._release(name, records)
         self._notify()
+        if gone:  # on a thread of its own: what calls those models is opened anew, or retires
+            threading.Thread(target=self._follow, args=(list(gone),), name="follow-lost-device", daemon=True).start()
 
     def stop(self, timeout_s: float) -> bool:
         """Refuse new work, finish what was accepted, release all models. False when time ran out first."""
         self._exiting = True
         self._notify()
         deadline_s = time.monotonic() + timeout_s
-        models = self.models()
+        models = members.last_first(self.models())
         with self._lock:  # models that drain already close on threads of their own
             retiring = [record.model for record in self._retiring if record.model is not None]
-        drained = [model.drain(max(0.0, deadline_s - time.monotonic())) for model in (*models, *retiring)]
+        accepting = members.last_first([*models, *retiring])  # what was accepted still needs those that it calls
+        drained = [model.drain(max(0.0, deadline_s - time.monotonic())) for model in accepting]
         self._models_pool.shutdown(wait=False, cancel_futures=True)
         self._versions_pool.shutdown(wait=False, cancel_futures=True)
         if all(drained):
             for model in models:
-                model.close()
+                self._close(model)
         return all(drained)
 
     def _scan(self) -> dict[str, list[ModelSource]]:
         return repository.scan(self._roots, self._settings.model_config_name)
 
-    def _load(self, name: str, sources: dict[str, list[ModelSource]]) -> None:
+    def _load_all(self, names: Collection[str], sources: dict[str, list[ModelSource]]) -> dict[str, Exception]:
+        """Load these models and all that they call, those first that others call. What failed, by name."""
+        failed: dict[str, Exception] = {}
+        needs = self._needs(sources)
+        asked, loaded = set(names), list[str]()
+        for group in members.levels(names, needs):
+            there = [name for name in group if name in sources or name in asked]
+            loads = {name: self._models_pool.submit(self._load, name, sources, needs) for name in there}
+            for name, load in loads.items():
+                error = load.exception()
+                if error is None:
+                    loaded += [name] if load.result() else []
+                    continue
+                assert isinstance(error, Exception)
+                failed[name] = error
+                if isinstance(error, ServingError):
+                    logger.error("%s", error.message.strip())
+                else:
+                    logger.error("loading model '%s' failed", name, exc_info=error)
+                    self._fail(name, f"{type(error).__name__}: {error}")
+        self._follow(loaded, tried=failed)
+        return failed
+
+    def _needs(self, sources: dict[str, list[ModelSource]]) -> Needs:
+        """Which models each model calls, by the configurations on disk."""
+
+        @functools.cache
+        def needs(name: str) -> Collection[str]:
+            try:
+                return members.named(self._read(name, sources[name])[1]) if name in sources else ()
+            except ServingError:
+                return ()  # its load says what is wrong
+
+        return needs
+
+    def _follow(self, changed: Iterable[str], tried: Collection[str] = ()) -> None:
+        """Let models that call changed ones call what serves now; those that cannot any more are not served.
+
+        Those that were `tried` just now, and do not serve, would only fail again.
+        """
+        with self._lock:
+            origins = {name: entry.origin for name, entry in self._entries.items()}
+        needs = {name: members.named(origin[1]) for name, origin in origins.items() if origin is not None}
+        for name in members.dependents(changed, needs):
+            entry = self._entries[name]
+            with entry.operation:
+                serves = name in self._serving
+                if (name in tried and not serves) or self._exiting or entry.origin is None:
+                    continue
+                if self._calls_what_serves(entry, entry.origin[1]):
+                    continue
+                try:
+                    self._replace(name, entry, *entry.origin, keep=False)
+                except ServingError as error:
+                    logger.warning("%s", error.message.strip())
+
+    def _calls_what_serves(self, entry: Entry, config: pb.ModelConfig) -> bool:
+        """Whether the entry serves, and calls the very models that would be lent to it now."""
+        serving = self._serving
+        wanted = {serving.get(name, {}).get(version) for name, version in members.called(config)}
+        ready = [record.model for record in entry.versions.values() if record.state is State.READY]
+        return bool(ready) and all(model is not None and set(model.members) == wanted for model in ready)
+
+    def _lend(self, borrower: str, name: str, version: str) -> Model:
+        """A version for a model that calls it: it is kept until that one is closed. Raises ServingError(INVALID)."""
+        with self._lock:
+            found = self._serving.get(name, {})
+            if version in found:
+                self._lent[found[version]] += 1
+                return found[version]
+            entry = self._entries.get(name)
+            reasons = [record.reason for record in entry.versions.values()] if entry else []
+            failure = next((reason for reason in reasons if reason not in ("", UNLOADED)), "")
+            depends = f"ensemble '{borrower}' depends on '{name}'"
+            if found:
+                text = f"{depends} whose required version {version} is not loaded."
+            elif failure:
+                text = f"{depends} which has no loaded version. Model '{name}' loading failed with error: {failure}"
+            elif entry is not None and entry.failure and not entry.versions:
+                text = f"{depends} which is not valid. Model '{name}' failed with error: {entry.failure}"
+            else:
+                text = f"{depends} which has no loaded version."
+        raise ServingError(Kind.INVALID, text)
+
+    def _give_back(self, models: Iterable[Model]) -> None:
+        with self._lock:
+            self._lent.subtract(Counter(models))
+            self._given_back.notify_all()
+
+    def _close(self, model: Model) -> None:
+        model.close()
+        self._give_back(model.members)
+
+    def _load(self, name: str, sources: dict[str, list[ModelSource]], needs: Needs) -> bool:
+        """Load one model, whose members have been loaded. False where nothing has changed on disk."""
         refused = f"failed to load '{name}', failed to poll from model repository"
         if name not in sources:
             if not self._started:  # later, a client asks for what was never heard of, and nothing has failed
@@ -316,15 +417,21 @@ class Lifecycle:
             entry = self._entries.setdefault(name, Entry())
         with entry.operation:
             try:
-                source, config = self._read(name, sources[name])
+                origin = source, config = self._read(name, sources[name])
+                serves = any(record.state is State.READY for record in entry.versions.values())
+                if not serves:  # else that is what shall go on to serve, if this fails
+                    entry.origin = origin
+                _check_members(name, sources, needs)
                 prints = source.fingerprint()
             except (ServingError, OSError) as error:
                 self._fail(name, str(error))
                 raise ServingError(Kind.INVALID, f"{refused}: {error}") from error
-            if prints == entry.fingerprint and any(record.state is State.READY for record in entry.versions.values()):
-                return  # nothing has changed on disk
+            if prints == entry.fingerprint and serves:
+                return False
             self._replace(name, entry, source, config)
+            entry.origin = origin
             entry.fingerprint = prints
+            return True
 
     def _fail(self, name: str, reason: str) -> None:
         """Record that a load failed before any version was known."""
@@ -348,8 +455,11 @@ class Lifecycle:
             )
         return source, config
 
-    def _replace(self, name: str, entry: Entry, source: ModelSource, config: pb.ModelConfig) -> None:
-        """Load all versions of the policy or none, then swap them in."""
+    def _replace(self, name: str, entry: Entry, source: ModelSource, config: pb.ModelConfig, keep: bool = True) -> None:
+        """Load all versions of the policy or none, then swap them in.
+
+        Where that fails, what served before goes on to do so if `keep` says so.
+        """
         numbers = wanted_versions(source.versions, config.version_policy)
         if missing := sorted(set(config.version_policy.specific.versions) - source.versions.keys()):
             logger.warning("model '%s': its version policy names versions %s, which do not exist", name, missing)
@@ -377,7 +487,7 @@ class Lifecycle:
                 logger.error("loading model '%s' version %d failed", name, number, exc_info=error)
                 failed[number] = ServingError(Kind.INTERNAL, f"{type(error).__name__}: {error}")
         if failed:
-            self._reject(name, entry, opened, failed)
+            self._reject(name, entry, opened, failed, keep)
         with self._lock:
             retired = [record for record in entry.versions.values() if record.state is State.READY]
             for number, model in opened.items():
@@ -385,10 +495,12 @@ class Lifecycle:
             self._publish(name, entry, retired)
         self._release(name, retired)
 
-    def _reject(self, name: str, entry: Entry, opened: dict[int, Model], failed: dict[int, ServingError]) -> None:
+    def _reject(
+        self, name: str, entry: Entry, opened: dict[int, Model], failed: dict[int, ServingError], keep: bool
+    ) -> None:
         """Discard what was opened beside a version that failed, and raise with the reasons of those."""
         for model in opened.values():
-            model.close()
+            self._close(model)
         reasons = {number: f"{error.kind.title}: {error.message}" for number, error in failed.items()}
         with self._lock:
             for number, record in list(entry.versions.items()):
@@ -397,7 +509,11 @@ class Lifecycle:
                         entry.versions[number] = Record(State.UNAVAILABLE, reasons[number])
                     else:
                         del entry.versions[number]
-        self._notify()
+            retired = [] if keep else [record for record in entry.versions.values() if record.state is State.READY]
+            for record in retired:
+                record.ending = next(iter(reasons.values()))
+            self._publish(name, entry, retired)
+        self._release(name, retired)
         states = "".join(f"version {number} is at UNAVAILABLE state: {reason};" for number, reason in reasons.items())
         raise ServingError(Kind.INVALID, f"load failed for model '{name}': {states}\n")
 
@@ -425,13 +541,17 @@ class Lifecycle:
             threading.Thread(target=self._retire, args=(record,), name=f"unload-{name}", daemon=True).start()
 
     def _retire(self, record: Record) -> None:
-        assert record.model is not None
-        record.model.drain()
-        record.model.close()
+        model = record.model
+        assert model is not None
         with self._lock:
+            self._given_back.wait_for(lambda: not self._lent[model])  # what those who call it have accepted, needs it
+        model.drain()
+        self._close(model)
+        with self._lock:
+            del self._lent[model]
             record.model = None
             record.state = State.UNAVAILABLE
-            record.reason = record.reason or UNLOADED
+            record.reason = record.ending
             self._retiring.discard(record)
         self._notify()
 
@@ -450,16 +570,18 @@ class Lifecycle:
         places = place(stated, self._settings.device, gpus, cpu_count(), files.note)
         if self._device_lost and any(placement.device == "cuda" for placement in places):
             raise ServingError(Kind.UNAVAILABLE, f"{self._device_lost}; the server must be started anew")
-        runtime = self._runtime(stated.backend)
+        runtime = self._runtime(stated.backend or stated.platform)
         done = stated
         if not self._settings.disable_auto_complete_config:
             done = runtime.complete(files, stated, places[0])
         done = model_config.normalise(done, gpus, files.note)
         model_config.validate(done, gpus, complete=True)
         instances: list[Instance] = []
+        host = Members(functools.partial(self._lend, source.name))
         try:
             for placement in places:
-                instances.append(runtime.open(files, done, placement, None))  # noqa: PERF401 - kept if the next fails
+                opened = runtime.open(files, done, placement, host if members.named(done) else None)
+                instances.append(opened)  # kept if the next fails
             files.kept.clear()
             done = show_devices(done, [instance.device for instance in instances], files.note)
             labels = files.labels | {
@@ -479,16 +601,13 @@ class Lifecycle:
             if done.response_cache.enable and self.cache is None:
                 logger.warning("model '%s' asks for the response cache, which needs --cache-config", source.name)
             warmup.run(done, signature, source.directory, instances)
-            return Model(
-                Loaded(files, done, signature, time.monotonic() - started_s),
-                instances,
-                self.cache,
-                self._limiter,
-                self.lose_device,
-            )
+            took_s = time.monotonic() - started_s
+            loaded = Loaded(files, done, signature, took_s, tuple(host.models))
+            return Model(loaded, instances, self.cache, self._limiter, self.lose_device)
         except BaseException:
             for instance in instances:
                 instance.close()
+            self._give_back(host.models)
             raise
 
     def _runtime(self, name: str) -> Runtime:
@@ -500,6 +619,16 @@ class Lifecycle:
 
 def _ended(records: dict[str, list[Record]]) -> str:
     return f"no longer served: {', '.join(sorted(records)) or 'none'}"
+
+
+def _check_members(name: str, sources: Mapping[str, Sequence[ModelSource]], needs: Needs) -> None:
+    """Raises ServingError(INVALID) where a model calls others that do not exist, or in the end itself."""
+    if circle := members.circle(name, needs):
+        raise ServingError(Kind.INVALID, f"circular dependency between ensembles: {' -> '.join(circle)}")
+    if missing := [needed for needed in needs(name) if len(sources.get(needed, ())) != 1]:
+        raise ServingError(
+            Kind.INVALID, f"ensemble {name} contains models that are not available or ambiguous: {', '.join(missing)}"
+        )
 
 
 def _splits(config: pb.ModelConfig) -> bool:
@@ -581,6 +710,10 @@ def place(
     so that the instances of a model together use the machine's cores once. Raises ServingError(UNAVAILABLE) where CUDA
     was asked for and the driver shows no GPU. `note` is told which devices and threads were chosen, and why.
     """
+    if config.platform == ENSEMBLE:
+        note("device", "none", "an ensemble computes nothing itself")
+        note("threads", 0, "its members have threads of their own")
+        return [Placement("cpu")]
     asked = [group.kind for group in config.instance_group] or [pb.ModelInstanceGroup.KIND_AUTO]
     if config.instance_group and all(group.passive for group in config.instance_group):
         raise ServingError(Kind.INVALID, f"every instance group of model '{config.name}' is passive, so none would run")

@@ -1,5 +1,6 @@
 """One loaded version of a model: signature, scheduler, workers, counts."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +25,11 @@ from penstock.tensor import BYTES, Tensor, objects
 logger = logging.getLogger(__name__)
 
 FIRST_RUN_LIMIT_NS = 20_000_000  # a model that takes longer for one row of nothing is not asked again
+INLINE_CALLS = 8  # that may run one after the other, each for INLINE_LIMIT_NS, on the thread that brings a request
 INLINE_CONCURRENCY = 64  # requests to have at hand where bringing one takes longer than running it
 PROBES = ((1, 1), (8, 1), (8, 16))  # rows of the batch axis, and the size of every other open dimension
+
+_loads = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Loaded:
     config: pb.ModelConfig  # complete, with the devices that were really got
     signature: Signature
     load_s: float
+    members: tuple["Model", ...] = ()  # that it calls
 
 
 class Model:
@@ -60,13 +65,16 @@ class Model:
         self.files = loaded.files
         self.signature = loaded.signature
         self.load_s = loaded.load_s
-        self.devices = tuple(dict.fromkeys(instance.device for instance in instances))
+        self.members = loaded.members
+        devices = [device for member in self.members for device in member.devices]
+        self.devices: tuple[str, ...] = tuple(dict.fromkeys(devices or [instance.device for instance in instances]))
         self.decoupled = loaded.config.model_transaction_policy.decoupled
         self.batching = model_config.batch_policy(loaded.config)
         self.statistics = Statistics()
         self._lose_device = lose_device
         self._cache = response_cache if loaded.config.response_cache.enable else None
-        self._fingerprint = cache.fingerprint(loaded.config, self.version)
+        # A version that is loaded anew may answer otherwise, and so may one whose members are.
+        self._fingerprint = cache.fingerprint(loaded.config, self.version) + next(_loads).to_bytes(8)
         self._most_rows = 2**63 if instances[0].streams else self.signature.max_batch_size or 2**63  # of one execution
         self._in_order = InOrder() if self.batching and self.batching.preserve_ordering else None
         inline_bytes = self._probe(instances[0])
@@ -78,11 +86,13 @@ class Model:
             instances,
             self._finish,
             self._withdrawn,
-            limiter,
+            limiter if loaded.config.instance_group else None,  # an ensemble has no group, its members have
             _limits(loaded.config) if limiter else (),
             self._shaped,
         )
         self._crew.allow_inline(inline_bytes)
+        if self.members and self.calls <= INLINE_CALLS:
+            self._crew.start_inline()
 
     @property
     def waiting(self) -> int:
@@ -102,11 +112,23 @@ class Model:
     @property
     def concurrency(self) -> int:
         """How many requests keep all instances busy: what each runs at a time, full batches, and more of short ones."""
+        if self.members:
+            return sum(member.concurrency for member in self.members)
         most = sum(
             instance.max_in_flight if instance.streams else max(1, self.signature.max_batch_size)
             for instance in self._instances
         )
         return most if self.inline_bytes < 0 else max(most, INLINE_CONCURRENCY)
+
+    @property
+    def depth(self) -> int:
+        """How many models call one another below this one: 0 where it calls none."""
+        return max((member.depth + 1 for member in self.members), default=0)
+
+    @property
+    def calls(self) -> int:
+        """How many runs of models that call no others one request may take."""
+        return sum(member.calls for member in self.members) if self.members else 1
 
     @property
     def running(self) -> int:

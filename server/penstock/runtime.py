@@ -6,15 +6,16 @@ A runtime is a class that takes its settings (`--backend-config NAME,KEY=VALUE`)
 
 import importlib.metadata
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from penstock import pb
 from penstock.errors import Kind, ServingError
-from penstock.messages import InferRequest, InferResponse
-from penstock.model_config import Choice
+from penstock.messages import InferRequest, InferResponse, RequestedOutput
+from penstock.model_config import Choice, Signature
+from penstock.tensor import Tensor
 
 GROUP = "penstock.runtimes"
 DOCTORS = "penstock.doctors"  # entry points that are Diagnose functions
@@ -126,13 +127,54 @@ class Plenty:
 PLENTY = Plenty()
 
 
+class Running(Protocol):
+    """A request to another model that was accepted."""
+
+    def cancel(self, reason: ServingError) -> None:
+        """Nobody waits for it any more. Its final reply comes all the same. Any thread."""
+
+
+class Member(Protocol):
+    """A model that another one calls: a version that stays until the one that calls it is closed."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def signature(self) -> Signature: ...
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether it may answer any number of times."""
+
+    @property
+    def sums_up(self) -> bool:
+        """Whether its last answer, after others, only sums those up."""
+
+    def infer(
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, RequestedOutput],
+        asked: InferRequest,
+        reply: Reply,
+    ) -> Running:
+        """Run the model on `inputs`, whatever their tensors are called, for the sake of the request `asked`.
+
+        It takes over that request's id, parameters, priority, times, sequence and job. `reply` is called on whatever
+        thread has the answer, perhaps before this returns. Never blocks. Raises ServingError where the inputs do not
+        agree with the signature, or the model cannot take the request; then `reply` is never called.
+        """
+
+
 class Host(Protocol):
-    """What a running model may ask of the server that holds it."""
+    """What a model may ask of the server that holds it, while it is opened."""
 
-    def infer(self, request: InferRequest) -> Awaitable[InferResponse]:
-        """Run another model."""
+    def member(self, name: str, version: int) -> Member:
+        """The version of another model that serves now; the highest for 0 and below.
 
-    def log(self, level: int, message: str) -> None: ...
+        Raises ServingError(INVALID) with the reason why there is none. Where what serves changes, the model that asked
+        is opened anew.
+        """
 
 
 class Instance(Protocol):

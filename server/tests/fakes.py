@@ -12,7 +12,7 @@ from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.messages import InferRequest, InferResponse, RequestedOutput
 from penstock.model import Loaded, Model
 from penstock.queueing import Pending
-from penstock.runtime import PLENTY, Cancelled, Credit, Host, Instance, ModelFiles, Placement, Reply, Runtime
+from penstock.runtime import PLENTY, Cancelled, Credit, Host, Instance, Member, ModelFiles, Placement, Reply, Runtime
 from penstock.tensor import FP32, Tensor
 
 LIMIT_S = 10.0  # no wait of a test takes this long, but a lost answer must not hang it
@@ -190,6 +190,43 @@ class StreamingInstance(EchoInstance):
             assert self._changed.wait_for(lambda: len(self.started) >= number, LIMIT_S), "a request was not started"
 
 
+class CallingInstance(StreamingInstance):
+    """Y = what the last of some models makes of what the one before it makes, and so on, of X."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(max_in_flight=2**31)
+        self._members = members
+
+    def start(self, sent: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
+        self.threads.append(threading.get_ident())
+        self._call(0, sent.inputs["X"], sent, reply)
+
+    def _call(self, number: int, tensor: Tensor, sent: InferRequest, reply: Reply) -> None:
+        if number == len(self._members):
+            reply(InferResponse(sent.model, sent.version, sent.id, [tensor]))
+            return
+
+        def go_on(result: Result, final: bool = True, partial: bool = False) -> Credit:
+            if isinstance(result, ServingError):
+                return reply(result)
+            self._call(number + 1, result.outputs[0], sent, reply)
+            return PLENTY
+
+        self._members[number].infer({"X": tensor}, {"Y": RequestedOutput("Y")}, sent, go_on)
+
+
+def calling(*names: str, version: int = -1) -> str:
+    """The configuration of a model that calls these in a row, in their highest versions or in one."""
+    tensors = ["X", *(f"T{number}" for number in range(len(names) - 1)), "Y"]
+    steps = "".join(
+        f'step {{ model_name: "{name}" model_version: {version} input_map {{ key: "X" value: "{tensors[number]}" }} '
+        f'output_map {{ key: "Y" value: "{tensors[number + 1]}" }} }} '
+        for number, name in enumerate(names)
+    )
+    plain = PLAIN.replace('name: "m" backend: "fake"', 'platform: "ensemble"')
+    return f"{plain} ensemble_scheduling {{ {steps} }}"
+
+
 def loaded(config: pb.ModelConfig | None = None, labels: Mapping[str, tuple[str, ...]] | None = None) -> Loaded:
     """What a load of version 1 found out."""
     config = config or configuration()
@@ -205,7 +242,8 @@ class FakeRuntime:
     """Models are text files: `scale 2` multiplies, `gated 2` does so once its gate opens, `broken` and `crash` fail;
     `fragile 2` does so on a GPU until that is lost.
 
-    `loads` opens the gate that models called `waits` wait for while they load.
+    `loads` opens the gate that models called `waits` wait for while they load. Configurations with steps make models
+    that call others, which must give Y.
     """
 
     def __init__(self) -> None:
@@ -230,6 +268,13 @@ class FakeRuntime:
         return done
 
     def open(self, files: ModelFiles, config: pb.ModelConfig, place: Placement, host: Host | None) -> Instance:
+        if steps := config.ensemble_scheduling.step:
+            assert host is not None
+            members = [host.member(step.model_name, step.model_version) for step in steps]
+            for member in members:
+                if "Y" not in member.signature.outputs:
+                    raise ServingError(Kind.INVALID, f"{member.name} gives no Y")
+            return CallingInstance(members)
         path = files.file(config.default_model_filename or "model.txt")
         kind, _, scale = path.read_text().strip().partition(" ")
         if kind == "broken":

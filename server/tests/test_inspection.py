@@ -225,3 +225,42 @@ def test_what_cannot_be_inspected_is_said(
 ) -> None:
     assert main(["inspect", *arguments]) == 1
     assert capsys.readouterr().err == f"penstock: {message}\n"
+
+
+ENSEMBLE = """
+    platform: "ensemble" max_batch_size: 8
+    input [ { name: "A" data_type: TYPE_INT32 dims: 16 }, { name: "B" data_type: TYPE_INT32 dims: 16 } ]
+    output { name: "Y" data_type: TYPE_INT32 dims: 16 }
+    ensemble_scheduling { step [
+        { model_name: "simple" input_map [ { key: "INPUT0" value: "s" }, { key: "INPUT1" value: "B" } ]
+          output_map { key: "OUTPUT0" value: "Y" } },
+        { model_name: "simple" input_map [ { key: "INPUT0" value: "A" }, { key: "INPUT1" value: "B" } ]
+          output_map { key: "OUTPUT0" value: "s" } }
+    ] }
+"""
+
+
+def test_the_graph_of_an_ensemble_is_shown(
+    inspect: Inspect, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sums" / "1").mkdir(parents=True)
+    (tmp_path / "sums" / "config.pbtxt").write_text(ENSEMBLE)
+    where = ["--model-repository", str(tmp_path), "--model-repository", str(SAMPLES)]
+    found = inspect("sums", *where)
+    assert found["steps"] == [
+        {"model": "simple", "version": "1", "inputs": {"INPUT0": "s", "INPUT1": "B"}, "outputs": {"OUTPUT0": "Y"},
+         "after": [1]},
+        {"model": "simple", "version": "1", "inputs": {"INPUT0": "A", "INPUT1": "B"}, "outputs": {"OUTPUT0": "s"},
+         "after": []},
+    ]  # fmt: skip
+    assert (found["instances"], found["devices"], found["inline_bytes"]) == (0, ["cpu"], -1)
+    assert main(["inspect", "sums", *where, "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert f"penstock infer sums --local {tmp_path} " in text
+    assert "  0  simple 1  INPUT0 from s, INPUT1 from B  OUTPUT0 to Y  after 1\n" in text
+    assert "  1  simple 1  INPUT0 from A, INPUT1 from B  OUTPUT0 to s  at once\n" in text
+    assert "  runs       2        of models that call no others, for one request\n" in text
+
+
+def test_a_model_that_calls_no_others_has_no_steps(inspect: Inspect) -> None:
+    assert inspect(str(SAMPLES / "digits"))["steps"] == []

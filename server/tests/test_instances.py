@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic_ns
 
 import pytest
 from hypothesis import given, settings
@@ -663,3 +664,53 @@ def test_every_request_is_answered_exactly_once_whatever_threads_do(
             assert times_run == 0
             assert result.kind in (Kind.CANCELLED, Kind.DEADLINE)
     assert len(ran) + len(ledger.withdrawn) == len(every)
+
+
+# -- started on the thread that submits
+
+
+def test_what_starts_inline_is_never_queued() -> None:
+    instance = StreamingInstance(max_in_flight=2**31)
+    with crew(instance) as made:
+        made.start_inline()
+        answers = [submit(made, id=str(number))[1] for number in range(3)]
+        assert ([sent.id for sent, _, _ in instance.started], made.waiting, made.running) == (["0", "1", "2"], 0, 3)
+        for sent, reply, _ in instance.started:
+            reply(instance.answer(sent))
+        assert [answer.thread for answer in answers] == [threading.get_ident()] * 3
+        assert (made.running, made.drain(LIMIT_S)) == (0, True)
+
+
+def test_what_starts_inline_is_told_when_its_time_is_over() -> None:
+    instance = StreamingInstance(max_in_flight=2**31)
+    with crew(instance) as made:
+        made.start_inline()
+        sent = request()
+        sent.deadline_ns = monotonic_ns() + 20_000_000
+        one = pending(sent, answers := Answers())
+        made.submit(one, 4)
+        [(_, reply, cancelled)] = instance.started
+        over = threading.Event()
+        cancelled.watch(over.set)
+        assert over.wait(LIMIT_S)
+        assert cancelled.reason is not None
+        reply(cancelled.reason)
+        assert answers.error().kind is Kind.DEADLINE
+
+
+def test_what_starts_inline_is_refused_when_nothing_more_is_accepted() -> None:
+    with crew(StreamingInstance(max_in_flight=2**31)) as made:
+        made.start_inline()
+        assert made.drain(LIMIT_S)
+        with pytest.raises(ServingError, match="has stopped accepting"):
+            made.submit(pending(), 4)
+
+
+def test_what_nobody_waits_for_any_more_does_not_start() -> None:
+    instance = StreamingInstance(max_in_flight=2**31)
+    with crew(instance) as made:
+        made.start_inline()
+        one = pending(reply=(answers := Answers()))
+        one.cancelled.set(GONE)
+        made.submit(one, 4)
+        assert (answers.error(), instance.started) == (GONE, [])

@@ -13,7 +13,7 @@ from penstock.lifecycle import Lifecycle, State, parse_version, place, show_devi
 from penstock.runtime import Placement
 from penstock.settings import Settings
 
-from .fakes import LIMIT_S, Answers, FakeRuntime, GatedInstance, configuration, pending, request
+from .fakes import LIMIT_S, Answers, FakeRuntime, GatedInstance, calling, configuration, pending, request
 
 Row = tuple[str, int | None, State | None, str]
 
@@ -708,3 +708,9 @@ def test_passive_groups_have_no_instances(server: Server) -> None:
     config.instance_group[1].passive = True
     kind, message = refused(lambda: place(config, "cpu", [], 8))
     assert (kind, message) == (Kind.INVALID, "every instance group of model 'm' is passive, so none would run")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_an_ensemble_needs_no_device(device: str) -> None:
+    assert place(configuration(calling("a")), device, [], 8) == [Placement("cpu")]
+    assert place(configuration(calling("a")), device, [0], 8) == [Placement("cpu")]

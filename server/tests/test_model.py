@@ -3,14 +3,17 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from penstock.cache import ResponseCache
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS
+from penstock.members import Called
 from penstock.messages import InferRequest, InferResponse
-from penstock.model import PROBES, Model
+from penstock.model import INLINE_CALLS, PROBES, Model
+from penstock.rate import RateLimiter
 from penstock.runtime import Cancelled, Credit, Reply
 from penstock.statistics import Duration
 from penstock.tensor import BYTES, FP32, Tensor, objects
@@ -18,11 +21,13 @@ from penstock.tensor import BYTES, FP32, Tensor, objects
 from .fakes import (
     LIMIT_S,
     Answers,
+    CallingInstance,
     EchoInstance,
     GatedInstance,
     Result,
     ScriptedInstance,
     StreamingInstance,
+    calling,
     configuration,
     loaded,
     model,
@@ -543,3 +548,40 @@ def test_a_model_that_does_not_ask_for_the_cache_has_none() -> None:
         ask(made, request()).one()
     close(made)
     assert (made.caches, len(kept), made.statistics.execution_count) == (False, 0, 2)
+
+
+def test_a_version_that_is_loaded_anew_answers_anew() -> None:
+    config = configuration()
+    config.response_cache.enable = True
+    kept = ResponseCache(10_000)
+    answers = []
+    for scale in (2, 3):
+        made = Model(loaded(config), [EchoInstance(scale)], kept)
+        answers.append(ask(made, request(1)).values())
+        close(made)
+    assert answers == [[2], [3]]
+
+
+# -- models that call others
+
+
+@pytest.mark.parametrize(("steps", "inline"), [(1, True), (INLINE_CALLS, True), (INLINE_CALLS + 1, False)])
+def test_a_short_ensemble_starts_on_the_thread_that_brings_a_request(steps: int, inline: bool) -> None:
+    member = model()
+    config = configuration(calling(*["m"] * steps))
+    instance = CallingInstance([Called(member)] * steps)
+    made = Model(replace(loaded(config), members=(member,) * steps), [instance])
+    assert ask(made, request(3)).values() == [3]
+    assert (instance.threads == [threading.get_ident()]) is inline
+    close(made)
+    close(member)
+    assert (made.statistics.execution_count, member.statistics.execution_count) == (1, steps)
+
+
+def test_an_ensemble_takes_no_part_in_limiting_rates() -> None:
+    member = model()
+    config = configuration(calling("m"))
+    made = Model(replace(loaded(config), members=(member,)), [CallingInstance([Called(member)])], None, RateLimiter({}))
+    assert ask(made, request(3)).values() == [3]
+    close(made)
+    close(member)

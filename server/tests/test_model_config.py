@@ -694,7 +694,7 @@ REFUSED = {
     "optimization.cuda.output_copy_stream": "optimization { cuda { output_copy_stream: true } }",
     "optimization.gather_kernel_buffer_threshold": "optimization { gather_kernel_buffer_threshold: 1 }",
     "sequence_batching": "sequence_batching { }",
-    "ensemble_scheduling": "ensemble_scheduling { }",
+    "ensemble_scheduling.step.model_namespace": 'ensemble_scheduling { step { model_namespace: "n" } }',
     "instance_group.secondary_devices": "instance_group { secondary_devices { } }",
     "instance_group.profile": 'instance_group { profile: "0" }',
     "instance_group.host_policy": 'instance_group { host_policy: "p" }',

@@ -19,6 +19,17 @@ RUNNING = ("device", "threads", "inline", "rows of a request")  # choices that a
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A model that an ensemble calls."""
+
+    model: str
+    version: str  # that serves
+    inputs: dict[str, str]  # the model's input → the ensemble's tensor
+    outputs: dict[str, str]
+    after: list[int]  # the steps whose tensors it waits for
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """A loaded model, and where it came from."""
 
@@ -40,9 +51,27 @@ class Inspection:
 
     @property
     def path(self) -> Path:
-        """What `penstock serve` takes to serve this model alone."""
-        bare = self.model.files.path.is_file()
-        return self.file if bare else _from_here(self.source.directory)
+        """What `penstock serve` takes to serve this model."""
+        if self.model.files.path.is_file():
+            return self.file
+        directory = self.source.directory
+        return _from_here(directory.parent if self.model.members else directory)  # with what it calls
+
+    @property
+    def steps(self) -> list[Step]:
+        """Of an ensemble, in the order of its configuration."""
+        steps = self.model.config.ensemble_scheduling.step
+        writers = {tensor: number for number, step in enumerate(steps) for tensor in step.output_map.values()}
+        return [
+            Step(
+                member.name,
+                member.version,
+                dict(sorted(step.input_map.items())),
+                dict(sorted(step.output_map.items())),
+                sorted({writers[tensor] for tensor in step.input_map.values() if tensor in writers}),
+            )
+            for step, member in zip(steps, self.model.members, strict=True)
+        ]
 
     @property
     def curl(self) -> str:
@@ -74,6 +103,16 @@ def as_json(found: Inspection) -> str:
         "file": str(found.file),
         "inputs": [_tensor(spec) for spec in model.signature.inputs.values()],
         "outputs": [_tensor(spec) for spec in model.signature.outputs.values()],
+        "steps": [
+            {
+                "model": step.model,
+                "version": step.version,
+                "inputs": step.inputs,
+                "outputs": step.outputs,
+                "after": step.after,
+            }
+            for step in found.steps
+        ],
         "config_file": str(found.source.config) if found.source.config else None,
         "stated": _stated(found),
         "config": model_config.to_json(model.config),
@@ -117,6 +156,9 @@ def _lines(found: Inspection) -> Iterator[str]:
     for title, specs in (("Inputs", model.signature.inputs), ("Outputs", model.signature.outputs)):
         yield from ("", title)
         yield from _columns(_cells(spec) for spec in specs.values())
+    if found.steps:
+        yield from ("", "Steps")
+        yield from _columns(_step(number, step) for number, step in enumerate(found.steps))
     yield from ("", "Configuration")
     yield from (f"  {line}" for line in model_config.to_text(model.config).splitlines())
     yield from ("", "Chosen")
@@ -127,17 +169,36 @@ def _lines(found: Inspection) -> Iterator[str]:
     chosen = [choice for choice in found.choices.values() if choice.field not in RUNNING]
     yield from _columns((choice.field, _plain(choice.value), f"because {choice.reason}") for choice in chosen)
     yield from ("", "Running")
-    rows = {
-        "instances": (str(found.instances), "see instance_group"),
-        "threads": _of(found, "threads", "for each instance: "),
-        "device": (", ".join(model.devices), found.choices["device"].reason),
-        "inline": _of(found, "inline"),
-        **{field: _of(found, field) for field in RUNNING[3:] if field in found.choices},
-        "load time": (f"{model.load_s:.3f} s", "with one run or more to warm up"),
-    }
+    rows = _running_ensemble(found) if model.members else _running(found)
     yield from _columns((name, value, reason) for name, (value, reason) in rows.items())
     yield from ("", "Try it", f"  {found.infer}")
     yield from ("", f"Or, beside {shlex.join(['penstock', 'serve', str(found.path)])}", f"  {found.curl}")
+
+
+def _running(found: Inspection) -> dict[str, tuple[str, str]]:
+    return {
+        "instances": (str(found.instances), "see instance_group"),
+        "threads": _of(found, "threads", "for each instance: "),
+        "device": (", ".join(found.model.devices), found.choices["device"].reason),
+        "inline": _of(found, "inline"),
+        **{field: _of(found, field) for field in RUNNING[3:] if field in found.choices},
+        "load time": (f"{found.model.load_s:.3f} s", "with one run or more to warm up"),
+    }
+
+
+def _running_ensemble(found: Inspection) -> dict[str, tuple[str, str]]:
+    return {
+        "device": (", ".join(found.model.devices), "of the models that it calls"),
+        "runs": (str(found.model.calls), "of models that call no others, for one request"),
+        "load time": (f"{found.model.load_s:.3f} s", "without that of its models"),
+    }
+
+
+def _step(number: int, step: Step) -> tuple[str, str, str, str, str]:
+    reads = ", ".join(f"{name} from {tensor}" for name, tensor in step.inputs.items())
+    writes = ", ".join(f"{name} to {tensor}" for name, tensor in step.outputs.items())
+    after = f"after {', '.join(map(str, step.after))}" if step.after else "at once"
+    return str(number), f"{step.model} {step.version}", reads, writes, after
 
 
 def _cells(spec: TensorSpec) -> tuple[str, str, str, str]:

@@ -6,7 +6,7 @@ Every step leaves its argument as it is.
 """
 
 from penstock.model_config.checks import validate
-from penstock.model_config.completion import Choice, Note, identify, normalise, unheard
+from penstock.model_config.completion import ENSEMBLE, Choice, Note, identify, normalise, unheard
 from penstock.model_config.reading import read, read_json, read_text, to_json, to_text
 from penstock.model_config.records import (
     BatchPolicy,
@@ -23,6 +23,7 @@ from penstock.model_config.records import (
 from penstock.model_config.support import FIELDS, Field, Support, markdown, refuse_unsupported
 
 __all__ = [
+    "ENSEMBLE",
     "FIELDS",
     "BatchPolicy",
     "Choice",

@@ -101,7 +101,12 @@ FIELDS: dict[str, Field] = {
             )
         ),
         _planned("sequence_batching", presence=True),
-        _planned("ensemble_scheduling", presence=True),
+        _done("ensemble_scheduling.step.model_name"),
+        _done("ensemble_scheduling.step.model_version", "the highest that serves for -1, and where none is stated"),
+        _done("ensemble_scheduling.step.input_map"),
+        _done("ensemble_scheduling.step.output_map"),
+        _refused("ensemble_scheduling.step.model_namespace", "models have no namespaces"),
+        _done("ensemble_scheduling.max_inflight_requests", "of each step, for one request to the ensemble"),
         _done("instance_group.name"),
         _done("instance_group.kind"),
         _done("instance_group.count"),
