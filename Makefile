@@ -10,7 +10,7 @@ TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
-.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-clients conformance-mlserver torture fuzz kills bench bench-jobs gpu-check wheel clean
+.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-asgi conformance-clients conformance-mlserver torture fuzz kills bench bench-jobs gpu-check wheel clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{split($$1, name, ":"); printf "  make %-13s %s\n", name[1], $$2}'
@@ -34,7 +34,7 @@ setup-check: $(VENV)/.checking
 serve: setup ## the server on model_repository/; ARGS="--http-port 9000" adds options
 	$(BIN)/penstock serve --model-repository model_repository $(ARGS)
 
-check: lint test conformance conformance-native ## what a change must pass
+check: lint test conformance conformance-native conformance-asgi ## what a change must pass
 
 lint: setup-check ## style, import floors, types, and that generated files are current
 	$(BIN)/ruff check .
@@ -53,6 +53,9 @@ conformance: setup-check ## protocol tests against a fresh server, or URL=http:/
 
 conformance-native: setup-check ## what concerns gRPC, again with the server's own HTTP/2
 	$(BIN)/pytest conformance_tests -k grpc --serve=--grpc-transport=native
+
+conformance-asgi: setup-check ## what concerns inferences over HTTP, again without the fast lane
+	$(BIN)/pytest conformance_tests -k http --serve=--http-fast-lane=false
 
 conformance-clients: setup-check ## foreign clients in environments of their own; ONLY=kserve for one; URL= and GRPC= as above
 	$(BIN)/python -m conformance_tests.clients.run $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(addprefix --only ,$(ONLY))

@@ -61,6 +61,26 @@ def test_what_was_accepted_is_answered_before_the_end(process: StartServer, tmp_
         assert running.process.wait(START_LIMIT_S) == 0, running.log.read_text()
 
 
+@clause("lifecycle.drain")
+def test_a_connection_that_was_kept_is_told_of_the_end_by_an_answer(process: StartServer) -> None:
+    """A client that sends at the very moment the server is told to stop gets its answer, and knows not to come back."""
+    running = process([SAMPLES])
+    http = HttpClient(running.http)
+    with http.connect() as connection:
+        request = connection.head("GET", "/v2/health/live", {})
+        connection.send(request)
+        assert connection.receive().status == 200
+        running.process.send_signal(signal.SIGTERM)
+        while True:  # until the server has noticed
+            connection.send(request)
+            answer = connection.receive()
+            assert answer.status == 200
+            if answer.headers.get("connection") == "close":
+                break
+        assert connection.at_end()
+    assert running.process.wait(START_LIMIT_S) == 0, running.log.read_text()
+
+
 @clause("lifecycle.exit_on_error")
 def test_a_model_that_does_not_load_stops_the_start(process: StartServer, tmp_path: Path) -> None:
     make_broken_fixtures(tmp_path / "models")

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 Record: TypeAlias = Mapping[str, Any]
 
-HEAD = ("load", "client", "CPU us", "x constant", "x session.run", "req/s", "p50 us", "p99 us", "client CPU")
+HEAD = ("load", "client", "CPU us", "x reference", "x session.run", "req/s", "p50 us", "p99 us", "client CPU")
 
 
 def table(record: Record, last: Record | None = None) -> str:
@@ -39,6 +39,19 @@ def aligned(rows: Sequence[Sequence[str]], texts: int) -> str:
     return "\n".join(lines)
 
 
+def figures(record: Record) -> str:
+    """What is no load, as a Markdown table: measured, its reference where it has one, and the goal."""
+    lines = ["| figure | measured | reference | ratio | goal |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in record["figures"]:
+        measured, goal = f"{row['measured']:.1f} {row['unit']}", f"{row['most']:g}"
+        if row["reference"]:
+            against, ratio = f"{row['reference']:.1f} {row['unit']}", f"{row['value']:.2f}"
+        else:
+            against, ratio, goal = "-", "-", f"{goal} {row['unit']}"
+        lines.append(f"| {row['name']} | {measured} | {against} | {ratio} | {goal} |")
+    return "\n".join(lines)
+
+
 def _key(row: Mapping[str, Any]) -> tuple[str, str]:
     return row["name"], row["client"]
 
@@ -49,7 +62,7 @@ def _cells(row: Mapping[str, Any], record: Record) -> tuple[str, ...]:
         row["name"],
         "-" if row["client"] == "none" else row["client"],
         f"{row['cpu_us']:.1f}",
-        _ratio(row, record, _constant(row), row["concurrency"]),
+        _ratio(row, record, _reference(row), row["concurrency"]),
         _ratio(row, record, "none", 1),
         f"{row['requests_per_s']:.0f}",
         f"{row['p50_us']:.0f}",
@@ -69,11 +82,15 @@ def _ratio(row: Mapping[str, Any], record: Record, server: str, concurrency: int
     return "-"
 
 
-def _constant(row: Mapping[str, Any]) -> str:
-    """The server that answers with constant bytes to the row's protocol; of long tensors, the one that only copies."""
+def _reference(row: Mapping[str, Any]) -> str:
+    """The server that answers with constant bytes to the row's protocol; of long tensors, the one that only copies; for
+    perf_analyzer over HTTP, the one that computes.
+    """
     if row["model"] != "simple":
         return {"INPUT0:1,150528": "bytes 602112"}.get(row["shape"], "bytes 4194304")
-    return "grpcio constant" if row["protocol"] == "grpc" else "constant"
+    if row["protocol"] == "grpc":
+        return "grpcio constant"
+    return "asgi inline" if row["client"] == "perf_analyzer" else "constant"
 
 
 def last_record(directory: Path, kind: str) -> Record | None:
@@ -90,7 +107,7 @@ def write(document: Path, record: Record) -> None:
     put(
         document,
         record["kind"],
-        f"## {record['kind'].upper()}, {record['date']}\n\n{setting(record)}\n\n{table(record)}",
+        f"## {record['kind'].upper()}, {record['date']}\n\n{setting(record)}\n\n{table(record)}\n\n{figures(record)}",
     )
 
 

@@ -1,8 +1,9 @@
 """`make bench`: the standard load, written into BENCHMARKS.md and into a record beside this file.
 
 Every row is measured once per round and its median counts, so that whatever else the machine does falls on all rows
-alike. Among them are references: what ONNX Runtime takes by itself, what a constant answer costs on the same uvicorn
-and on grpcio, and what it costs to read and write as many bytes. `native` is Penstock with `--grpc-transport native`.
+alike. Among them are references: what ONNX Runtime takes by itself and in a raw ASGI application, what a constant
+answer costs on the same uvicorn and on grpcio, and what it costs to read and write as many bytes. `native` is Penstock
+with `--grpc-transport native`, `asgi` with `--http-fast-lane false`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from conformance_tests.benchmarks import page
+from conformance_tests.benchmarks import figures, page
 from conformance_tests.benchmarks.clients import (
     ChangingCalls,
     Client,
@@ -42,6 +43,7 @@ SAMPLES = ROOT / "model_repository"
 RECORDS = Path(__file__).parent
 ROUNDS = 3
 DURATION_S = 1.5
+FIGURES = "figures"  # what --only calls what is no load
 PERF_ANALYZER = "PERF_ANALYZER"  # the environment variable that names its binary
 VERSIONS = ("penstock", "onnxruntime", "onnxruntime-gpu", "numpy", "uvicorn", "uvloop", "grpcio", "protobuf")
 
@@ -54,7 +56,7 @@ BYTES = {"bytes 602112": 602112, "bytes 4194304": 4194304}  # servers that read 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One load. `server` is ours in one of two forms, a reference, or none at all: `session.run` in process."""
+    """One load. `server` is ours in one of three forms, a reference, or none at all: `session.run` in process."""
 
     load: Load
     server: str = "penstock"
@@ -64,6 +66,7 @@ class Row:
     def name(self) -> str:
         what = {
             "penstock": self.load.model, "native": f"{self.load.model} (native)", "constant": "constant answer",
+            "asgi inline": "session.run on uvicorn", "asgi": f"{self.load.model} (no lane)",
             "grpcio constant": "constant answer on grpcio", "none": "session.run", **dict.fromkeys(BYTES, "bytes"),
         }[self.server]  # fmt: skip
         size = {"": "", PICTURE: ", 602 KB", LARGE: ", 4 MB"}[self.load.shape]
@@ -93,10 +96,11 @@ ROWS: tuple[Row, ...] = (
         )
     ),
     *(
-        Row(Load("simple", protocol, count), client=PerfAnalyzer.name)
-        for protocol in ("http-binary", "grpc")
+        Row(Load("simple", "http-binary", count), server=server, client=PerfAnalyzer.name)
         for count in (1, 16)
+        for server in ("asgi inline", "asgi", "penstock")
     ),
+    *(Row(Load("simple", "grpc", count), client=PerfAnalyzer.name) for count in (1, 16)),
     *(
         Row(Load("simple", "grpc", count), server=server, client=PerfAnalyzer.name)
         for count in (1, 16)
@@ -121,9 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record = {"date": date.today().isoformat(), "kind": kind, "machine": machine(), "rounds": options.rounds}
         measured = _measure(rows, servers, clients, options.rounds)
     record["rows"] = [_summary(row, measured[row]) for row in rows]
+    if not options.only or options.only in FIGURES:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = figures.measure(Path(scratch), options.rounds)
+        record["figures"] = [{**asdict(figure), "value": figure.value} for figure in found]
 
     last = page.last_record(RECORDS, kind)
     print(page.table(record, last))
+    if "figures" in record:
+        print(f"\n{page.figures(record)}")
     if not (options.no_record or options.only):
         path = RECORDS / f"{kind}-{record['date']}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
@@ -178,11 +188,17 @@ def _servers(scratch: Path) -> Iterator[dict[str, Server]]:
     references = {
         "constant": ("penstock.bench.reference",),
         "grpcio constant": ("conformance_tests.benchmarks.references", "grpc"),
+        "asgi inline": (
+            "conformance_tests.benchmarks.references",
+            "asgi",
+            str(SAMPLES / "simple" / "1" / "model.onnx"),
+        ),
         **{name: ("conformance_tests.benchmarks.references", "bytes", str(size)) for name, size in BYTES.items()},
     }
     with contextlib.ExitStack() as stack:
         servers = {}
-        for name, more in (("penstock", ()), ("native", ("--grpc-transport", "native"))):
+        forms = {"penstock": (), "asgi": ("--http-fast-lane", "false"), "native": ("--grpc-transport", "native")}
+        for name, more in forms.items():
             ours = stack.enter_context(penstock([SAMPLES, fixtures], scratch / f"{name}.log", *chosen, *more))
             servers[name] = Server(ours.http, ours.grpc, ours.process.pid)
         for name, module in references.items():
@@ -190,7 +206,10 @@ def _servers(scratch: Path) -> Iterator[dict[str, Server]]:
             stack.callback(process.terminate)
             assert process.stdout is not None
             line = process.stdout.readline().decode().strip()
-            http, grpc = (json.loads(line)["http"], "") if name == "constant" else ("", line)
+            if name == "constant":
+                http, grpc = json.loads(line)["http"], ""
+            else:
+                http, grpc = (f"http://{line}", "") if name == "asgi inline" else ("", line)
             servers[name] = Server(http, grpc, process.pid)
         yield servers
 

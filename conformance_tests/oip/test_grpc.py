@@ -208,6 +208,8 @@ def test_a_call_that_is_given_up_while_it_waits_never_runs(
         count: int = found["execution_count"]
         return count
 
+    for _ in range(5):  # now the server has seen that the model is slow, and runs it on its instances only
+        grpc.stub.ModelInfer(slow(5), timeout=LIMIT_S)
     before = run()
     busy = [grpc.stub.ModelInfer.future(slow(150), timeout=LIMIT_S) for _ in range(2 * instances)]
     abandon(grpc, slow(1))

@@ -378,6 +378,7 @@ def test_output_is_logged_under_the_model_with_the_job_that_printed_it(
     with opened(tmp_path, code) as instance:
         sent = [send(instance, id=id) for id in "ab"]
         assert [one.result() for one in sent] == [None, None]
+        until(lambda: all(len(printed(caplog, id)) >= 7 for id in "ab"))  # results do not wait for what is printed
         for id in "ab":
             lines = printed(caplog, id)
             out = [line for line in lines if "err" not in line and "more" not in line]

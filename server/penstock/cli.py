@@ -1,14 +1,14 @@
 """The `penstock` command."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import penstock
-from penstock import bench, client, doctor, inspection, keys_command, triton_flags
 from penstock import settings as options
-from penstock.client import jobs_command
+from penstock import triton_flags
 from penstock.errors import Kind, ServingError
 from penstock.settings import OPTIONS, Option, Settings
 
@@ -20,7 +20,7 @@ LOADING = ("model_config_name", "default_max_batch_size", "device", "backend_con
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 1 failed, 2 not understood."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
+    parser = _parser(next((argument for argument in given if not argument.startswith("-")), ""))
     if not given:
         parser.print_help()
         return USAGE
@@ -48,32 +48,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     except ServingError as error:
         print(f"penstock serve: {error.message}", file=sys.stderr)
         return USAGE
+    gc.disable()  # until the server serves: imports make much to look at, and little that may go
     from penstock import serve  # numpy, uvicorn and the rest, which --help does without
 
     return serve.run(settings)
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    return inspection.run(arguments, _settings(arguments))
-
-
-def _infer(arguments: argparse.Namespace) -> int:
-    given = [name for name in (*LOADING, "config") if getattr(arguments, name) is not None]
-    if given and not arguments.local:
-        raise ServingError(Kind.INVALID, f"--{given[0].replace('_', '-')} needs --local: it says how a model is loaded")
-    return client.run(arguments, _settings(arguments))
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    return bench.run(arguments, _settings(arguments))
-
-
-def _keys(arguments: argparse.Namespace) -> int:
-    return keys_command.run(arguments, _settings(arguments))
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    return doctor.run(arguments, _settings(arguments))
 
 
 def _settings(arguments: argparse.Namespace, repositories: Sequence[str] = ()) -> Settings:
@@ -87,43 +65,70 @@ def _settings(arguments: argparse.Namespace, repositories: Sequence[str] = ()) -
     return options.from_sources(flags, file=Path(arguments.config) if arguments.config else None)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(wanted: str) -> argparse.ArgumentParser:
+    """Of the commands only the one that is `wanted` gets its options: each imports something."""
     parser = argparse.ArgumentParser(prog="penstock", description=penstock.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"penstock {penstock.__version__}")
     parser.set_defaults(operands="")  # where a command keeps a list of operands, the name of that list
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser(
-        "serve", allow_abbrev=False, help="serve models over HTTP and gRPC",
-        description="Serve models over the Open Inference Protocol, HTTP and gRPC.",
-        epilog="Each option is also an environment variable (--http-port: PENSTOCK_HTTP_PORT) and a TOML key "
-        "(http_port); PENSTOCK_CONFIG names the file. Of flag, variable and file, the first that names an option "
-        "decides it.",
-    ))  # fmt: skip
-    inspect = commands.add_parser(
-        "inspect", allow_abbrev=False, help="show what the server would make of a model, and why"
-    )
-    inspection.add_options(inspect)
-    inspect.set_defaults(command=_inspect)
-    _add_loading(inspect, ("model_repository", *LOADING))
-    infer = commands.add_parser("infer", allow_abbrev=False, help="send a request and print the answer")
-    client.add_options(infer)
-    infer.set_defaults(command=_infer, operands="values")
-    _add_loading(infer, LOADING)
-    load = commands.add_parser("bench", allow_abbrev=False, help="measure a model under load")
-    bench.add_options(load)
-    load.set_defaults(command=_bench, operands="")
-    _add_loading(load, LOADING)
-    check = commands.add_parser("doctor", allow_abbrev=False, help="tell what this machine can serve on, and why not")
-    doctor.add_options(check)
-    check.set_defaults(command=_doctor)
-    _add_loading(check, ("device",))
-    jobs = commands.add_parser("jobs", allow_abbrev=False, help="hand in, list, watch and end jobs of a server")
-    jobs_command.add_options(jobs)
-    jobs.set_defaults(command=jobs_command.run)
-    keys = commands.add_parser("keys", allow_abbrev=False, help="add, list and remove the API keys of a server")
-    keys_command.add_options(keys)
-    keys.set_defaults(command=_keys)
+    for name, (summary, add) in COMMANDS.items():
+        command = commands.add_parser(name, allow_abbrev=False, help=summary)
+        if name == wanted:
+            add(command)
     return parser
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    from penstock import inspection
+
+    inspection.add_options(parser)
+    parser.set_defaults(command=lambda arguments: inspection.run(arguments, _settings(arguments)))
+    _add_loading(parser, ("model_repository", *LOADING))
+
+
+def _add_infer(parser: argparse.ArgumentParser) -> None:
+    from penstock import client
+
+    def infer(arguments: argparse.Namespace) -> int:
+        given = [name for name in (*LOADING, "config") if getattr(arguments, name) is not None]
+        if given and not arguments.local:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise ServingError(Kind.INVALID, f"{flag} needs --local: it says how a model is loaded")
+        return client.run(arguments, _settings(arguments))
+
+    client.add_options(parser)
+    parser.set_defaults(command=infer, operands="values")
+    _add_loading(parser, LOADING)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from penstock import bench
+
+    bench.add_options(parser)
+    parser.set_defaults(command=lambda arguments: bench.run(arguments, _settings(arguments)))
+    _add_loading(parser, LOADING)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    from penstock import doctor
+
+    doctor.add_options(parser)
+    parser.set_defaults(command=lambda arguments: doctor.run(arguments, _settings(arguments)))
+    _add_loading(parser, ("device",))
+
+
+def _add_jobs(parser: argparse.ArgumentParser) -> None:
+    from penstock.client import jobs_command
+
+    jobs_command.add_options(parser)
+    parser.set_defaults(command=jobs_command.run)
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    from penstock import keys_command
+
+    keys_command.add_options(parser)
+    parser.set_defaults(command=lambda arguments: keys_command.run(arguments, _settings(arguments)))
 
 
 def _add_loading(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
@@ -135,6 +140,12 @@ def _add_loading(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_serve, operands="paths")
+    parser.description = "Serve models over the Open Inference Protocol, HTTP and gRPC."
+    parser.epilog = (
+        "Each option is also an environment variable (--http-port: PENSTOCK_HTTP_PORT) and a TOML key "
+        "(http_port); PENSTOCK_CONFIG names the file. Of flag, variable and file, the first that names an option "
+        "decides it."
+    )
     parser.add_argument(
         "paths", nargs="*", metavar="PATH",
         help="a model file, a folder of model files, or a model repository; the same as --model-repository",
@@ -197,6 +208,18 @@ def _unknown_flag(flag: str) -> str:
         state = "does not have yet" if row.planned else "does not have"
         return f"{flag} is a flag of Triton's that Penstock {state}: {row.note}"
     return f"unknown flag {flag}{options.nearest(flag.removeprefix('--'), '--', dashes=True)}"
+
+
+# By name: what `penstock --help` says of it, and what gives its parser options.
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "serve": ("serve models over HTTP and gRPC", _add_serve),
+    "inspect": ("show what the server would make of a model, and why", _add_inspect),
+    "infer": ("send a request and print the answer", _add_infer),
+    "bench": ("measure a model under load", _add_bench),
+    "doctor": ("tell what this machine can serve on, and why not", _add_doctor),
+    "jobs": ("hand in, list, watch and end jobs of a server", _add_jobs),
+    "keys": ("add, list and remove the API keys of a server", _add_keys),
+}
 
 
 if __name__ == "__main__":

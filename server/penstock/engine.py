@@ -29,9 +29,14 @@ class Mailbox:
         self._calls: deque[Callable[[], None]] = deque()
         self._woken = False
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the running thread is the loop's."""
+        return threading.get_ident() == self._thread
+
     def post(self, call: Callable[[], None]) -> None:
         """Make `call` on the loop: at once if this is its thread, else soon."""
-        if threading.get_ident() == self._thread:
+        if self.is_here:
             call()
             return
         self._calls.append(call)

@@ -21,6 +21,9 @@ INLINE_LIMIT_NS = 100_000  # a hand-off to a worker and back was measured at 29 
 INLINE_ENDS_NS = 200_000  # INLINE_SLOW_RUNS longer than this, and the model goes to its workers from then on
 NEVER_NS = 2**63  # later than any time
 LOOK_S = 0.1  # how late it is found that an instance which could run nothing can again: it tells nobody
+INLINE_STALLS_NS = (
+    20_000_000  # for another thread to let go of the interpreter, a run may wait 5 ms, or a few times that
+)
 INLINE_SLOW_RUNS = 3  # in a row: a single one is as likely a thread that lost its core as a model that became slow
 
 # Both answer every request that they are given, and raise nothing.
@@ -329,7 +332,7 @@ class Crew:
                 worker.inline = False
                 if elapsed_ns <= INLINE_ENDS_NS:
                     self._slow_runs = 0
-                elif before is None or _was_slow(before, _usage()):
+                elif before is None or _was_slow(before, _usage(), elapsed_ns):
                     self._slow_runs += 1
                 if self._slow_runs == INLINE_SLOW_RUNS:
                     self._inline_bytes = -1
@@ -410,10 +413,11 @@ def _usage() -> resource.struct_rusage:
     return resource.getrusage(resource.RUSAGE_THREAD)
 
 
-def _was_slow(before: resource.struct_rusage, after: resource.struct_rusage) -> bool:
-    """Whether a long run was the model's doing: it computed long, or nothing else took its thread's core away."""
+def _was_slow(before: resource.struct_rusage, after: resource.struct_rusage, elapsed_ns: int) -> bool:
+    """Whether a long run was the model's doing: it computed long, or it waited so long as nothing here lets it wait."""
     computed_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return computed_s * 1e9 > INLINE_ENDS_NS or after.ru_nivcsw == before.ru_nivcsw
+    waited = elapsed_ns > INLINE_STALLS_NS and after.ru_nivcsw == before.ru_nivcsw
+    return computed_s * 1e9 > INLINE_ENDS_NS or waited
 
 
 def _stopping(pending: Pending) -> ServingError:

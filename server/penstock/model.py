@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 FIRST_RUN_LIMIT_NS = 20_000_000  # a model that takes longer for one row of nothing is not asked again
 INLINE_CALLS = 8  # that may run one after the other, each for INLINE_LIMIT_NS, on the thread that brings a request
 INLINE_CONCURRENCY = 64  # requests to have at hand where bringing one takes longer than running it
-PROBES = ((1, 1), (8, 1), (8, 16))  # rows of the batch axis, and the size of every other open dimension
+# Rows of the batch axis, and the size of every other open dimension; up to so many bytes together.
+PROBES = ((1, 1), (8, 1), *((8, 16 << power) for power in range(18)))
+PROBE_BYTES = 8 << 20
 
 _loads = itertools.count()
 
@@ -231,6 +233,8 @@ class Model:
             request = zeros(self.signature, rows, size)
             if _size(request) <= largest:
                 continue
+            if _size(request) > PROBE_BYTES:
+                break
             fastest_ns = _fastest(instance, request)
             took = "failed" if fastest_ns is None else f"took {fastest_ns / 1000:.0f} us"
             reason = (
@@ -246,6 +250,15 @@ class Model:
         self, batch: Sequence[Pending], results: Sequence[InferResponse | ServingError], times: Execution
     ) -> None:
         """Turn what the instance gave into answers, count them, and send them."""
+        if len(batch) == 1 and isinstance(first := results[0], InferResponse):  # nearly always: no lists for it
+            [pending] = batch
+            if pending.whole is None and not pending.cache_key:
+                answer = self._shaped(pending.request, first)
+                if isinstance(answer, InferResponse):
+                    self.statistics.executed((pending.arrived_ns,), pending.request.rows, times)
+                    _send(pending, answer)
+                    return
+                results = [answer]
         answers: list[tuple[Pending, InferResponse | ServingError]] = []
         arrivals_ns: list[int] = []
         rows = 0

@@ -1,5 +1,6 @@
 """The protocol's JSON shape ↔ messages, with and without binary tensors. Protocol page HTTP, sections 3 and 5."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from itertools import chain
@@ -9,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from penstock import json_text, messages
+from penstock import json_numbers, json_text, messages
 from penstock.admission import MAX_SIZE, Given, admit
 from penstock.errors import Kind, ServingError
+from penstock.json_numbers import UnusualError
 from penstock.messages import InferRequest, InferResponse, Parameter, RequestedOutput
 from penstock.model_config import Signature
 from penstock.tensor import BF16, BOOL, BYTES, DATATYPES, Array, Datatype, Tensor, count, objects, pack, show
 
 SEQUENCE_ID_LIMIT = 128  # bytes of a sequence id that is a string
+UINT64 = DATATYPES["UINT64"]
 UINT64_END = 2**64
 EMPTY = memoryview(b"")
 INT64_LOW = -(2**63)
@@ -81,11 +84,29 @@ def decode(signature: Signature, body: bytes | memoryview, header_length: int | 
     json_bytes = len(view) if header_length is None else header_length
     if not json_bytes:
         return _raw(signature, view, limits)
-    return read(signature.model, parse(view[:json_bytes], limits.input_bytes), limits, view, json_bytes)
+    head = view[:json_bytes]
+    if json_numbers.FROM_BYTES <= json_bytes <= limits.input_bytes:
+        lifted = json_numbers.lift(bytes(head))
+        if lifted is not None:
+            # What is wrong, or only unusual, is found out by the way below, which has the texts.
+            with contextlib.suppress(ServingError, UnusualError):
+                return read(signature.model, json_text.loads(lifted.text), limits, view, json_bytes, lifted.arrays)
+    return read(signature.model, parse(head, limits.input_bytes), limits, view, json_bytes)
 
 
-def read(model: str, document: Any, limits: Limits, view: memoryview = EMPTY, json_bytes: int = 0) -> Decoded:
-    """The request in a parsed document. Its binary tensors lie in `view`, from `json_bytes` on. Raises as `decode`."""
+def read(
+    model: str,
+    document: Any,
+    limits: Limits,
+    view: memoryview = EMPTY,
+    json_bytes: int = 0,
+    arrays: dict[str, bytes] | None = None,
+) -> Decoded:
+    """The request in a parsed document. Its binary tensors lie in `view`, from `json_bytes` on. Raises as `decode`.
+
+    `arrays` were taken out of the document before it was parsed (`json_numbers.Lifted`) and are used up. Then it may
+    raise UnusualError too.
+    """
     members = document if type(document) is dict else {}
     decoded = Decoded()
     if "id" in members:
@@ -97,12 +118,14 @@ def read(model: str, document: Any, limits: Limits, view: memoryview = EMPTY, js
         raise _invalid(
             f"request has {len(inputs)} inputs, the limit is {limits.tensors}. Use --max-tensors to increase it."
         )
-    decoded.given, offset = _inputs(inputs, model, view, json_bytes, limits)
+    decoded.given, offset = _inputs(inputs, model, view, json_bytes, limits, arrays)
     if offset < len(view):
         raise _invalid(f"unexpected additional input data for model '{model}'")
     if "outputs" in members:
         for entry in _typed(members["outputs"], list, "outputs", "array"):
             _output(entry, decoded)
+    if arrays:
+        raise UnusualError  # they stand where nobody reads them, so nobody knows whether they are JSON
     return decoded
 
 
@@ -195,7 +218,9 @@ def _sequence_id(value: Any) -> int | str:
     return text
 
 
-def _inputs(entries: list[Any], model: str, view: memoryview, offset: int, limits: Limits) -> tuple[list[Given], int]:
+def _inputs(
+    entries: list[Any], model: str, view: memoryview, offset: int, limits: Limits, arrays: dict[str, bytes] | None
+) -> tuple[list[Given], int]:
     """The input tensors, and where in `view` the binary data that they took has ended."""
     given: list[Given] = []
     for entry in entries:
@@ -210,7 +235,7 @@ def _inputs(entries: list[Any], model: str, view: memoryview, offset: int, limit
         shape = _shape(name, _member(members, "shape", list, "array"), limits.rank)
         data: memoryview | Array
         if "data" in members:
-            data = _data(name, datatype, shape, members["data"], limits.input_bytes)
+            data = _data(name, datatype, shape, members["data"], limits.input_bytes, arrays)
         elif "binary_data_size" in parameters:
             end = offset + _unsigned(parameters["binary_data_size"], "binary_data_size")
             if end > len(view):
@@ -331,7 +356,9 @@ def _raw(signature: Signature, view: memoryview, limits: Limits) -> Decoded:
 # -- requests: data in JSON
 
 
-def _data(name: str, datatype_name: str, shape: list[int], data: Any, limit_bytes: int) -> Array:
+def _data(
+    name: str, datatype_name: str, shape: list[int], data: Any, limit_bytes: int, arrays: dict[str, bytes] | None
+) -> Array:
     """The elements as a flat array. Raises ServingError (3.4)."""
     datatype = DATATYPES.get(datatype_name)
     if datatype is None:
@@ -356,6 +383,8 @@ def _data(name: str, datatype_name: str, shape: list[int], data: Any, limit_byte
     nested = _typed(data, list, "data", "array")
     if not size:
         return np.empty(0, datatype.dtype)  # such data is not read at all
+    if arrays and nested and type(nested[0]) is str and nested[0] in arrays:
+        return _lifted(datatype, arrays.pop(nested[0]), size)
     if datatype is BYTES:
         return _strings(*_flat(nested, ""))
     flat, kinds = _flat(nested, "Unable to parse 'data': ")
@@ -364,6 +393,30 @@ def _data(name: str, datatype_name: str, shape: list[int], data: Any, limit_byte
     if len(flat) < size:
         raise _invalid("Failed to parse 'data' field: shape does not match true shape")
     return numbers(name, datatype, flat, kinds)
+
+
+def _lifted(datatype: Datatype, text: bytes, size: int) -> Array:
+    """What `numbers` makes of an array's text. Raises UnusualError unless it has `size` numbers within range."""
+    if not (datatype.is_float or datatype.is_integer):
+        raise UnusualError
+    array = np.empty(size, datatype.dtype)
+    at = 0
+    for wide in json_numbers.read(text, "d" if datatype.is_float else "u" if datatype is UINT64 else "i"):
+        end = at + len(wide)
+        if end > size:
+            raise UnusualError
+        if datatype.is_float:
+            array[at:end], over = _narrow(datatype, wide)
+            if over >= 0:
+                raise UnusualError
+        else:
+            if wide.min() < datatype.low or wide.max() > datatype.high:
+                raise UnusualError
+            array[at:end] = wide
+        at = end
+    if at < size:
+        raise UnusualError
+    return array
 
 
 def numbers(name: str, datatype: Datatype, flat: list[Any], kinds: set[type]) -> Array:
@@ -430,18 +483,24 @@ def _floats(name: str, datatype: Datatype, flat: list[Any], kinds: set[type]) ->
     if not kinds <= {int, float}:
         raise _mistyped("data", "number", "double")
     wide = np.array(flat, np.float64)
-    if datatype.itemsize == 8:
-        return wide
-    with np.errstate(over="ignore"):
-        narrow = (_odd(wide) if datatype is BF16 else wide).astype(datatype.dtype)
-    over = np.isinf(narrow) & np.isfinite(wide)
-    if over.any():
-        index = int(over.argmax())
+    narrow, over = _narrow(datatype, wide)
+    if over >= 0:
         raise _invalid(
-            f"Unable to parse 'data': element {index} of input '{name}' is {flat[index]}, but {datatype.name} reaches "
+            f"Unable to parse 'data': element {over} of input '{name}' is {flat[over]}, but {datatype.name} reaches "
             f"only to {_LARGEST[datatype.name]}"
         )
     return narrow
+
+
+def _narrow(datatype: Datatype, wide: npt.NDArray[np.float64]) -> tuple[Array, int]:
+    """Rounded to nearest even; and the index of the first finite element that is beyond the datatype, or -1."""
+    if datatype.itemsize == 8:
+        return wide, -1
+    with np.errstate(over="ignore"):
+        narrow = (_odd(wide) if datatype is BF16 else wide).astype(datatype.dtype)
+    infinite = np.isinf(narrow)
+    over = infinite & np.isfinite(wide) if infinite.any() else infinite
+    return narrow, int(over.argmax()) if over.any() else -1
 
 
 def _odd(wide: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -229,7 +229,9 @@ def find(name: str, settings: Mapping[str, str]) -> Runtime:
 
     Raises ServingError(INVALID) naming the runtimes there are; whatever the runtime raises on a setting it lacks.
     """
-    points = importlib.metadata.entry_points(group=GROUP)
+    # The one that brought the server first: to read the metadata of all that is installed took 12 ms where 70 are.
+    own = importlib.metadata.distribution("penstock").entry_points.select(group=GROUP, name=name)
+    points = own or importlib.metadata.entry_points(group=GROUP)
     for point in points:
         if point.name == name:
             runtime: Runtime = point.load()(settings)

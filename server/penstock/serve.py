@@ -1,6 +1,7 @@
 """Builds an engine and its doors from settings, listens, and stops in order."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -21,8 +22,6 @@ from penstock import allocator, auth, logs, samples
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import Door
-from penstock.grpc_api.grpcio_transport import GrpcioServer
-from penstock.grpc_api.http2 import NativeServer
 from penstock.http_api import HttpApp, MetricsApp, make_server
 from penstock.job_api import JobService, open_service
 from penstock.lifecycle import State
@@ -113,7 +112,7 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
     doors = Doors()
     serving: list[asyncio.Task[None]] = []
     if http_socket is not None:
-        doors.http = make_server(app, settings)
+        doors.http = make_server(app, settings, app.door)
         doors.http_port = http_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.http.serve(sockets=[http_socket])))
     if metrics_socket is not None:
@@ -121,10 +120,13 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
         doors.metrics_port = metrics_socket.getsockname()[1]
         serving.append(asyncio.create_task(doors.metrics.serve(sockets=[metrics_socket])))
     if settings.allow_grpc:
-        doors.grpc = (NativeServer if settings.grpc_transport == "native" else GrpcioServer)(door, settings)
+        doors.grpc = _grpc_server(door, settings)
         doors.grpc_port = await doors.grpc.start(settings.address("grpc"))
     await _listening(doors, serving)
     _announce(engine, settings, doors, jobs)
+    # What lives now lives on: collections need not look at it, and from here on they find what there is to find.
+    gc.freeze()
+    gc.enable()
 
     await stopping
     started_s = time.monotonic()
@@ -140,6 +142,17 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
         return OK, lost
     logger.error("Exit timeout expired. Exiting immediately.")
     return FAILED, lost
+
+
+def _grpc_server(door: Door, settings: Settings) -> GrpcServer:
+    """Of two transports the one that is asked for, imported only now."""
+    if settings.grpc_transport == "native":
+        from penstock.grpc_api.http2 import NativeServer
+
+        return NativeServer(door, settings)
+    from penstock.grpc_api.grpcio_transport import GrpcioServer
+
+    return GrpcioServer(door, settings)
 
 
 def _on_signal(number: int, stop: asyncio.Event) -> None:

@@ -3,10 +3,8 @@ follow from the field's name; type, default and help text from its declaration. 
 """
 
 import dataclasses
-import difflib
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +128,9 @@ class Settings:
         60, "how long a client may take from its first byte to the end of the headers", "HTTP", metavar="S"
     )
     http_keep_alive_secs: int = _option(75, "how long an idle connection stays open", "HTTP", metavar="S")
+    http_fast_lane: bool = _option(
+        True, "serve inferences past the ASGI application, for less CPU time; the answers are the same", "HTTP"
+    )
     http_header_forward_pattern: str = _option(
         "", "request headers whose name matches become string parameters of the request", "HTTP", metavar="REGEX"
     )
@@ -392,6 +393,8 @@ def from_sources(
 
 
 def _from_toml(file: Path) -> dict[str, Any]:
+    import tomllib  # which a start without a file does without
+
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -412,6 +415,8 @@ def _from_toml(file: Path) -> dict[str, Any]:
 
 def nearest(name: str, prefix: str = "", *, upper: bool = False, dashes: bool = False) -> str:
     """`; did you mean …?` for the option whose name comes nearest to `name`, or nothing."""
+    import difflib  # as above
+
     known = {alias: option.name for option in OPTIONS.values() for alias in (option.name, *option.aliases)}
     close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     if not close:

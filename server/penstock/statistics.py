@@ -28,7 +28,7 @@ class BatchStatistics:
     compute_output: Duration = field(default_factory=Duration)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Execution:
     """When one batch went through its instance; monotonic nanoseconds."""
 
@@ -119,18 +119,28 @@ class Statistics:
             if not number:
                 return
             arrived = sum(arrivals_ns)
-            self.success.add(number * times.ended_ns - arrived, number)
-            self.queue.add(number * times.started_ns - arrived, number)
-            self.compute_input.add(number * compute_input, number)
-            self.compute_infer.add(number * compute_infer, number)
-            self.compute_output.add(number * compute_output, number)
+            # Written out, for every request passes here: as calls these took 2 us.
+            for duration, histogram, ns in (
+                (self.compute_input, seen.compute_input, compute_input),
+                (self.compute_infer, seen.compute_infer, compute_infer),
+                (self.compute_output, seen.compute_output, compute_output),
+            ):
+                duration.count += number
+                duration.ns += number * ns
+                histogram.counts[bisect_left(TIMES_NS, ns)] += number
+                histogram.total += number * ns
+            for duration, histogram, until_ns in (
+                (self.success, seen.request, times.ended_ns),
+                (self.queue, seen.queue, times.started_ns),
+            ):
+                total = number * until_ns - arrived
+                duration.count += number
+                duration.ns += total
+                histogram.total += total
+                for arrived_ns in arrivals_ns:
+                    histogram.counts[bisect_left(TIMES_NS, until_ns - arrived_ns)] += 1
             for arrived_ns in arrivals_ns:
-                seen.request.add(times.ended_ns - arrived_ns)
                 seen.first_response.add((times.ended_ns - arrived_ns) // MS)
-                seen.queue.add(times.started_ns - arrived_ns)
-            seen.compute_input.add(compute_input, number)
-            seen.compute_infer.add(compute_infer, number)
-            seen.compute_output.add(compute_output, number)
 
     def hit(self, lookup_ns: int, queue_ns: int) -> None:
         """Count a request that the cache answered: how long that took, and how long it had been there before."""

@@ -10,6 +10,7 @@ from penstock.settings import OPTIONS
 from penstock.triton_flags import FLAGS
 
 HEAVY = ("numpy", "onnxruntime", "google.protobuf", "grpc", "uvicorn", "starlette", "asyncio")
+RARELY = ("grpc", "hpack", "asyncpg", "redis", "onnxruntime", "tomllib", "penstock.client", "penstock.bench")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -37,6 +38,12 @@ def test_help_loads_nothing_that_takes_long() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     assert "--http-port" in done.stdout
+
+
+def test_serving_loads_neither_transport_of_grpc_before_one_is_chosen() -> None:
+    script = f"import sys, penstock.cli, penstock.serve; print([name for name in {RARELY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_help_of_serve_has_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -728,6 +728,30 @@ def test_a_stop_waits_for_inferences_and_not_for_watches(serve: Serve) -> None:
     run(test)
 
 
+def test_calls_that_come_while_the_server_stops_may_be_tried_elsewhere(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve(model("m", Doubler())) as served:
+            ended: list[grpc.StatusCode] = []
+
+            async def call_until_refused() -> None:
+                alone = (("grpc.use_local_subchannel_pool", 1),)
+                async with grpc.aio.insecure_channel(served.url, options=alone) as channel:
+                    infer: Any = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+                    try:
+                        while True:
+                            await infer(request("m", 4).SerializeToString(), timeout=LIMIT_S)
+                    except grpc.aio.AioRpcError as error:
+                        ended.append(error.code())
+
+            callers = [asyncio.ensure_future(call_until_refused()) for _ in range(8)]
+            await until(lambda: served.shelf.shelf["m"].statistics.success.count > 100)
+            await served.server.stop(LIMIT_S)
+            await asyncio.wait_for(asyncio.gather(*callers), LIMIT_S)
+            assert ended == [grpc.StatusCode.UNAVAILABLE] * 8
+
+    run(test)
+
+
 def test_a_path_that_is_no_utf_8_ends_no_more_than_its_call(serve: Serve) -> None:
     def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload

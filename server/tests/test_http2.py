@@ -610,6 +610,19 @@ def granted(got: list[Frame], stream: int) -> int:
     )
 
 
+def test_what_a_frame_has_announced_is_not_granted_again() -> None:
+    def test(client: Client) -> None:
+        whole = data(1, message(bytes(WINDOW * 3 // 4)), end=False)
+        got = client.open().send(headers(1, ECHO) + whole[:1000])
+        got += client.send(whole[1000:])
+        assert granted(got, 1) == 0
+        # Of a second frame more than the window holds, only what is beyond both.
+        begun = data(3, message(bytes(2 * WINDOW))[: WINDOW // 2], end=False)
+        assert granted(client.send(headers(3, ECHO) + begun[:1000]), 3) == WINDOW + 5
+
+    on_loop(test)
+
+
 def test_a_long_message_is_granted_its_length_at_once_and_no_more() -> None:
     def test(client: Client) -> None:
         client.open()

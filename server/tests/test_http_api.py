@@ -1,6 +1,7 @@
 """The HTTP door: in process where a call and its answer are the fact, over a real socket where the wire is."""
 
 import asyncio
+import functools
 import gc
 import gzip
 import socket
@@ -22,7 +23,7 @@ from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.http_api import Door, Exchange, Head, HttpApp, coding, make_server, serve_infer
 from penstock.http_api.answers import STATUS, Body, Headers
-from penstock.http_api.server import MAX_CHUNKS, LimitedProtocol
+from penstock.http_api.connection import MAX_CHUNKS, LimitedProtocol
 from penstock.lifecycle import Lifecycle
 from penstock.messages import InferRequest, InferResponse
 from penstock.model import Loaded, Model
@@ -161,6 +162,7 @@ class Client:
         self.engine = Engine(self.settings)
         self.engine.lifecycle = self.shelf = Shelf(self.settings, models)
         self.app = HttpApp(self.engine, self.settings, guard)
+        self.stop: Callable[[], object] = list  # on the wire, tells the server to
 
     async def call(
         self,
@@ -673,14 +675,26 @@ class Wire:
         return await self.reader.read() == b""
 
 
-def on_the_wire(client: Client, talk: Callable[[Callable[[], Awaitable[Wire]]], Awaitable[None]]) -> None:
+OnTheWire = Callable[[Client, Callable[[Callable[[], Awaitable[Wire]]], Awaitable[None]]], None]
+
+
+@pytest.fixture(params=["lane", "asgi"])
+def on_the_wire(request: pytest.FixtureRequest) -> OnTheWire:
+    """Both ways to the models: what follows must hold on either."""
+    return functools.partial(serve_on_the_wire, request.param == "lane")
+
+
+def serve_on_the_wire(
+    lane: bool, client: Client, talk: Callable[[Callable[[], Awaitable[Wire]]], Awaitable[None]]
+) -> None:
     """Serve `client`'s application on a free port of loopback, and let `talk` connect to it."""
 
     async def run() -> None:
         listening = socket.create_server(("127.0.0.1", 0))
         address = listening.getsockname()
-        server = make_server(client.app, client.settings)
+        server = make_server(client.app, client.settings, client.app.door if lane else None)
         serving = asyncio.create_task(server.serve(sockets=[listening]))
+        client.stop = functools.partial(setattr, server, "should_exit", True)
         writers: list[asyncio.StreamWriter] = []
 
         async def connect() -> Wire:
@@ -714,7 +728,7 @@ def post(body: bytes, *headers: bytes) -> bytes:
     return b"\r\n".join([POST.rstrip(), *headers, b"Content-Length: %d" % len(body), b"", body])
 
 
-def test_connections_stay_open_and_requests_may_be_pipelined(client: Client) -> None:
+def test_connections_stay_open_and_requests_may_be_pipelined(client: Client, on_the_wire: OnTheWire) -> None:
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
         wire = await connect()
         ids = [b"%d" % number for number in range(20)]
@@ -733,7 +747,7 @@ def test_connections_stay_open_and_requests_may_be_pipelined(client: Client) -> 
     on_the_wire(client, talk)
 
 
-def test_bodies_come_in_chunks_and_after_100_continue(client: Client) -> None:
+def test_bodies_come_in_chunks_and_after_100_continue(client: Client, on_the_wire: OnTheWire) -> None:
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
         wire = await connect()
         body = orjson.dumps(INFER)
@@ -748,7 +762,7 @@ def test_bodies_come_in_chunks_and_after_100_continue(client: Client) -> None:
     on_the_wire(client, talk)
 
 
-def test_an_early_answer_does_not_break_the_connection() -> None:
+def test_an_early_answer_does_not_break_the_connection(on_the_wire: OnTheWire) -> None:
     client = Client(model("m", Doubler()), http_max_body_size=1000)
 
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
@@ -768,7 +782,7 @@ def test_an_early_answer_does_not_break_the_connection() -> None:
     [b"GET / HTTP/1.1\r\nbad header\r\n\r\n", b"nonsense\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\0",
      b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
 )  # fmt: skip
-def test_what_is_no_http_is_told_so_after_the_answers_before_it(request_line: bytes) -> None:
+def test_what_is_no_http_is_told_so_after_the_answers_before_it(request_line: bytes, on_the_wire: OnTheWire) -> None:
     gated = Gated()
     client = Client(model("m", gated))
 
@@ -788,7 +802,7 @@ def test_what_is_no_http_is_told_so_after_the_answers_before_it(request_line: by
     on_the_wire(client, talk)
 
 
-def test_broken_chunks_end_their_request_in_order(client: Client) -> None:
+def test_broken_chunks_end_their_request_in_order(client: Client, on_the_wire: OnTheWire) -> None:
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
         wire = await connect()
         wire.send(LIVE, POST, b"Transfer-Encoding: chunked\r\n\r\n", b"nope\r\n")
@@ -799,7 +813,7 @@ def test_broken_chunks_end_their_request_in_order(client: Client) -> None:
     on_the_wire(client, talk)
 
 
-def test_chunks_are_counted(client: Client) -> None:
+def test_chunks_are_counted(client: Client, on_the_wire: OnTheWire) -> None:
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
         wire = await connect()
         wire.send(POST, b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * MAX_CHUNKS, b"0\r\n\r\n")
@@ -814,7 +828,7 @@ def test_chunks_are_counted(client: Client) -> None:
     on_the_wire(client, talk)
 
 
-def test_heads_are_limited() -> None:
+def test_heads_are_limited(on_the_wire: OnTheWire) -> None:
     client = Client(model("m", Doubler()), http_max_header_size=200)
     padded = LIVE.replace(b"\r\n\r\n", b"\r\nX: ")
     fitting = padded + b"x" * (200 - len(padded) - 4) + b"\r\n\r\n"
@@ -845,7 +859,7 @@ def test_heads_are_limited() -> None:
     on_the_wire(client, talk)
 
 
-def test_a_head_must_come_in_time() -> None:
+def test_a_head_must_come_in_time(on_the_wire: OnTheWire) -> None:
     client = Client(model("m", Doubler()), http_header_timeout_secs=0.05)
 
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
@@ -862,21 +876,21 @@ def test_a_head_must_come_in_time() -> None:
     on_the_wire(client, talk)
 
 
-@pytest.mark.parametrize("first", [b"", LIVE, b"\r\n", post(bytes(100))[:-1]])
-def test_an_idle_connection_is_closed_after_a_while(first: bytes) -> None:
+@pytest.mark.parametrize("first", [b"", LIVE, b"\r\n", post(b"{}"), post(bytes(100))[:-1]])
+def test_an_idle_connection_is_closed_after_a_while(first: bytes, on_the_wire: OnTheWire) -> None:
     client = Client(model("m", Doubler()), http_keep_alive_secs=0.05, http_max_body_size=10)
 
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
         wire = await connect()
         wire.send(first)
         if len(first) > 2:
-            assert (await wire.answer()).status in (200, 413)
+            assert (await wire.answer()).status in (200, 400, 413)
         assert await wire.ended()
 
     on_the_wire(client, talk)
 
 
-def test_an_upgrade_is_declined_and_the_body_is_read(client: Client) -> None:
+def test_an_upgrade_is_declined_and_the_body_is_read(client: Client, on_the_wire: OnTheWire) -> None:
     async def talk(connect: Callable[[], Awaitable[Wire]]) -> None:
         wire = await connect()
         offer = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP")
@@ -890,7 +904,7 @@ def test_an_upgrade_is_declined_and_the_body_is_read(client: Client) -> None:
     on_the_wire(client, talk)
 
 
-def test_a_closed_connection_cancels_what_waits() -> None:
+def test_a_closed_connection_cancels_what_waits(on_the_wire: OnTheWire) -> None:
     gated = Gated()
     client = Client(model("m", gated))
 
@@ -941,7 +955,8 @@ def test_an_answer_to_a_client_that_has_just_left_is_dropped(pipelined: int, cap
     async def run() -> None:
         server = make_server(client.app, client.settings)
         server.config.load()
-        connection = LimitedProtocol(server.config, server.server_state, {}, asyncio.get_running_loop())  # type: ignore[arg-type]
+        loop = asyncio.get_running_loop()
+        connection = LimitedProtocol(client.settings, server.config, server.server_state, {}, loop)
         pipe = Pipe()
         connection.connection_made(pipe)
         connection.data_received(post(orjson.dumps(INFER)) * pipelined)

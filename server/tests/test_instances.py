@@ -129,8 +129,8 @@ def test_nothing_runs_inline_while_the_instance_is_busy() -> None:
 
 def test_slow_inline_runs_in_a_row_are_the_last_ones() -> None:
     def slow(batch: Sequence[InferRequest]) -> Sequence[Result]:
-        until = time.monotonic_ns() + 2 * INLINE_ENDS_NS
-        while time.monotonic_ns() < until:
+        until = time.thread_time_ns() + 2 * INLINE_ENDS_NS
+        while time.thread_time_ns() < until:
             pass
         return [EchoInstance().answer(sent) for sent in batch]
 

@@ -12,7 +12,7 @@ from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS
 from penstock.members import Called
 from penstock.messages import InferRequest, InferResponse
-from penstock.model import INLINE_CALLS, PROBES, Model
+from penstock.model import INLINE_CALLS, PROBE_BYTES, Model
 from penstock.rate import RateLimiter
 from penstock.runtime import Cancelled, Credit, Reply
 from penstock.statistics import Duration
@@ -215,10 +215,11 @@ class Timed(EchoInstance):
 def test_a_short_model_runs_inline_up_to_the_largest_request_that_was_measured() -> None:
     instance = Timed(0)
     made = model(instance)
-    size = PROBES[-1][1]
-    assert made.inline_bytes == size * 4
-    ask(made, request(*range(size))).one()
-    ask(made, request(*range(size + 1))).one()
+    assert made.inline_bytes == PROBE_BYTES
+    size = PROBE_BYTES // 4
+    for length in (size, size + 1):
+        array = np.zeros(length, np.float32)
+        ask(made, InferRequest("m", "", "", {"X": Tensor("X", FP32, array)}, {})).one()
     close(made)
     assert instance.threads[-2] == threading.get_ident() != instance.threads[-1]
 
@@ -240,16 +241,18 @@ def test_open_dimensions_and_rows_are_probed_within_the_models_limit() -> None:
         'name: "m" backend: "fake" max_batch_size: 2 input { name: "X" data_type: TYPE_FP32 dims: [ -1, 3 ] }'
         'output { name: "Y" data_type: TYPE_FP32 dims: 1 }'
     )
-    instance = Timed(0)
+    instance = Timed(0, elements=2 * 32 * 3)
     made = model(instance, config=config)
     close(made)
-    assert list(dict.fromkeys(instance.shapes)) == [(1, 1, 3), (2, 1, 3), (2, 16, 3)]
+    assert list(dict.fromkeys(instance.shapes)) == [(1, 1, 3), (2, 1, 3), (2, 16, 3), (2, 32, 3), (2, 64, 3)]
 
 
 def test_strings_are_probed_with_strings() -> None:
     seen: list[object] = []
 
     def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        if batch[0].inputs["X"].array.size > 4 * 16:
+            raise ValueError("too many")
         seen.append(batch[0].inputs["X"].array.tolist())
         return [InferResponse("m", "", "", []) for _ in batch]
 

@@ -18,7 +18,7 @@ from penstock.settings import Settings
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 STOPPING = "GRPC server is shutting down and has stopped accepting new requests."
 # grpcio from 1.84 on ends its server for good when a call's path is no UTF-8, and tells so only to who asks.
-LOOK_S = 0.5
+LOOK_S, QUIET_S, PARTING_S = 0.5, 0.05, 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
         self._guard: asyncio.Task[None] | None = None
         self._endless: set[asyncio.Task[Any]] = set()  # calls that a stop does not wait for
         self._stopping = False
+        self._late = 0  # calls that have come since
 
     async def start(self, address: tuple[str, int]) -> int:
         """Listen on (host, port) and return the port, which for port 0 is a free one.
@@ -47,14 +48,8 @@ class GrpcioServer(grpc.GenericRpcHandler):
         return bound
 
     async def _listen(self, host: str, port: int) -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(
-            handlers=(self,),
-            options=(
-                ("grpc.max_receive_message_length", self._limit_bytes),
-                ("grpc.max_send_message_length", self._limit_bytes),
-                ("grpc.so_reuseport", 0),  # else a second server would take over half of the connections, silently
-            ),
-        )
+        sizes = [(f"grpc.max_{way}_message_length", self._limit_bytes) for way in ("receive", "send")]
+        server = grpc.aio.server(handlers=(self,), options=[*sizes, ("grpc.so_reuseport", 0)])  # a port has one owner
         try:
             bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
@@ -82,11 +77,19 @@ class GrpcioServer(grpc.GenericRpcHandler):
             self._guard.cancel()
         for task in self._endless:
             task.cancel()
+        # What comes while it shuts down, grpcio ends as CANCELLED, which clients do not try again: refuse it first.
+        late, end_s = -1, time.monotonic() + min(PARTING_S, grace_s / 2)
+        while late < self._late and time.monotonic() < end_s:
+            late = self._late
+            await asyncio.sleep(QUIET_S)
         if self._server is not None:
             await self._server.stop(grace_s)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
         """The handler of a path; None makes the call UNIMPLEMENTED."""
+        self._late += self._stopping
+        if self._stopping:
+            return grpc.stream_stream_rpc_method_handler(_refuse)
         return self._handlers.get(handler_call_details.method)
 
     def _unary(self, row: Unary[Any, Any]) -> "grpc.RpcMethodHandler[bytes, bytes]":
@@ -140,3 +143,7 @@ def _call(context: "grpc.aio.ServicerContext[bytes, bytes]") -> Call:
 
 async def _abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: ServingError) -> NoReturn:
     await context.abort(CODES[STATUS[error.kind]], details(error))
+
+
+async def _refuse(_bodies: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
+    await _abort(context, ServingError(Kind.UNAVAILABLE, STOPPING))

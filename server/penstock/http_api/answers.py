@@ -39,9 +39,13 @@ BESIDES: dict[int, tuple[bytes, bytes]] = {
 }
 
 
-def answer(status: int, body: Body, *headers: tuple[bytes, bytes], content_type: bytes = b"application/json") -> Answer:
-    length = sum(map(len, body))
-    return status, [(b"content-type", content_type), (b"content-length", b"%d" % length), *headers], body
+def answer(status: int, body: Body, *besides: tuple[bytes, bytes], content_type: bytes = b"application/json") -> Answer:
+    return status, headers(sum(map(len, body)), *besides, content_type=content_type), body
+
+
+def headers(length: int, *besides: tuple[bytes, bytes], content_type: bytes = b"application/json") -> Headers:
+    """Of an answer whose body has so many bytes."""
+    return [(b"content-type", content_type), (b"content-length", b"%d" % length), *besides]
 
 
 def dumped(status: int, value: Any) -> Answer:

@@ -16,7 +16,7 @@ from penstock.control import METHODS, Method
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.http_api.answers import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, Body, Headers, dumped, failure
-from penstock.http_api.infer import Door, Exchange, serve_infer
+from penstock.http_api.infer import Door, Exchange, infer_target, serve_infer
 from penstock.settings import Settings
 
 # A disconnect is watched only from then on: a task per request costs more than most requests.
@@ -34,7 +34,7 @@ class HttpApp:
         self, engine: Engine, settings: Settings, guard: Guard | None = None, jobs: ASGIApp | None = None
     ) -> None:
         """`jobs` serves all below /v2 but WORDS. Raises ServingError(INVALID) for a setting that cannot be met."""
-        self._door = Door(engine, settings, guard)
+        self.door = Door(engine, settings, guard)
         self._jobs = jobs
         self._limit_bytes = settings.http_max_body_size
         paths: dict[str, dict[str, Method]] = {}
@@ -43,7 +43,7 @@ class HttpApp:
                 paths.setdefault(path, {})[verb] = method
         self._router = Router(
             [
-                Route(path.replace("{version}", "{version:version}"), _Endpoint(self._door, settings, paths[path]))
+                Route(path.replace("{version}", "{version:version}"), _Endpoint(self.door, settings, paths[path]))
                 for path in sorted(paths, key=lambda path: path.count("{"))  # `/v2/models/stats` is no model
             ],
             redirect_slashes=False,
@@ -55,7 +55,7 @@ class HttpApp:
             await self._router(scope, receive, send)
             return
         path: bytes = scope["raw_path"]
-        target = _infer_target(path)
+        target = infer_target(path)
         if target is None and self._jobs is not None and _is_job(path):
             await self._jobs(scope, receive, send)
         elif target is None:
@@ -66,24 +66,24 @@ class HttpApp:
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send, model: str, version: str) -> None:
         try:
-            head = self._door.head(model, version, dict(scope["headers"]))
+            head = self.door.head(model, version, dict(scope["headers"]))
             if scope["method"] != "POST":
                 await _send(scope, send, *_early(scope, METHOD_NOT_ALLOWED))
                 return
             body = await _read(head.headers, receive, self._limit_bytes)
         except ServingError as error:
-            await _send(scope, send, *_early(scope, failure(error)))
+            await refused(error)(scope, receive, send)
             return
         if body is None:
             return
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        exchange = serve_infer(self._door, head, body, functools.partial(_settle, future))
+        exchange = serve_infer(self.door, head, body, functools.partial(_settle, future))
         if exchange is not None:
             await _wait(future, exchange, receive)
         await _send(scope, send, *future.result())
 
     async def _not_found(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        refusal = _refusal(self._door, scope, None)
+        refusal = _refusal(self.door, scope, None)
         await _send(scope, send, *(refusal or _early(scope, NOT_FOUND)))
 
 
@@ -93,17 +93,6 @@ def _is_job(path: bytes) -> bool:
         return False
     word = path[4:].lstrip(b"/").partition(b"/")[0]
     return bool(word) and unquote_to_bytes(word).decode(errors="replace") not in WORDS
-
-
-def _infer_target(path: bytes) -> tuple[str, str] | None:
-    """Model and version ("" where there is none) of a path that is an inference's; None for any other."""
-    if not path.endswith(b"/infer") or not path.startswith(b"/v2/models/"):
-        return None
-    parts = path.split(b"/")
-    if not parts[3] or not (len(parts) == 5 or (len(parts) == 7 and parts[4] == b"versions" and parts[5].isdigit())):
-        return None
-    name = unquote_to_bytes(parts[3]) if b"%" in parts[3] else parts[3]
-    return name.decode(errors="replace"), parts[5].decode() if len(parts) == 7 else ""
 
 
 async def _read(headers: Mapping[bytes, bytes], receive: Receive, limit_bytes: int) -> bytes | None:
@@ -220,6 +209,15 @@ def _refusal(door: Door, scope: Scope, category: Category | None, keyless: bool 
     except ServingError as error:
         return _early(scope, failure(error))
     return None
+
+
+def refused(error: ServingError) -> ASGIApp:
+    """Answers one request whose body is not wanted."""
+
+    async def refuse(scope: Scope, _receive: Receive, send: Send) -> None:
+        await _send(scope, send, *_early(scope, failure(error)))
+
+    return refuse
 
 
 def _early(scope: Scope, answer: Answer) -> Answer:

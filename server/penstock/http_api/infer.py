@@ -6,17 +6,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from penstock import oip_json
 from penstock.auth import Category, Guard
-from penstock.engine import Engine, OnLoop, Result
+from penstock.engine import Engine, Mailbox, Result
 from penstock.errors import Kind, ServingError
 from penstock.forwarding import HeaderPattern
 from penstock.http_api import coding
-from penstock.http_api.answers import Answer, Body, Reply, answer, failed, failure
+from penstock.http_api.answers import Answer, Body, Headers, Reply, answer, failed, failure, headers
+from penstock.http_api.templates import Heads, Templates
 from penstock.messages import InferRequest
 from penstock.model import Model
 from penstock.queueing import Pending
+from penstock.runtime import PLENTY, Credit
 from penstock.settings import Settings
 from penstock.tensor import BYTES
 
@@ -24,13 +27,14 @@ COMPRESSED_FROM = 16 << 10  # bytes: shorter JSON is sent as it is, unless every
 LONG_JSON = 256 << 10  # bytes: read in 5 to 20 ms, against 0.1 ms for the way to a thread and back
 LONG_TEXT = 1 << 20  # bytes of a body with BYTES tensors
 INT32_END = 2**31
+NO_FORMS = oip_json.Forms()
 _NUMBER = re.compile(rb"[ \t]*[+-]?[0-9]+")
 
 
 class Door:
-    """What every request over HTTP shares. Read only."""
+    """What every request over HTTP shares."""
 
-    __slots__ = ("compression", "engine", "forward", "guard", "limits", "non_finite")
+    __slots__ = ("compression", "engine", "forward", "guard", "heads", "limits", "non_finite", "templates")
 
     def __init__(self, engine: Engine, settings: Settings, guard: Guard | None = None) -> None:
         """Raises ServingError(INVALID) where the header forward pattern is no regular expression."""
@@ -39,6 +43,8 @@ class Door:
         self.limits = oip_json.Limits(settings.http_max_input_size, settings.max_tensors, settings.max_rank)
         self.non_finite = settings.json_non_finite
         self.compression = settings.http_response_compression
+        self.templates = Templates(settings.http_max_input_size)
+        self.heads = Heads()
         self.forward = HeaderPattern(settings.http_header_forward_pattern, "--http-header-forward-pattern")
 
     def head(self, model: str, version: str, headers: Mapping[bytes, bytes]) -> "Head":
@@ -62,16 +68,17 @@ class Head:
 
 
 class Exchange:
-    """One inference on its way. Used on the event loop's thread only."""
+    """One inference on its way. Used on the event loop's thread only, but for its call: it is the model's reply."""
 
-    __slots__ = ("_answered", "_cancelled", "_door", "_forms", "_head", "_id", "_pending", "_reply")
+    __slots__ = ("_answered", "_cancelled", "_door", "_forms", "_head", "_id", "_mailbox", "_pending", "_reply")
 
     def __init__(self, door: Door, head: Head, reply: Reply) -> None:
         self._door = door
         self._head = head
         self._reply = reply
         self._id = ""
-        self._forms = oip_json.Forms()
+        self._forms = NO_FORMS
+        self._mailbox: Mailbox
         self._pending: Pending | None = None
         self._cancelled: ServingError | None = None
         self._answered = False
@@ -118,39 +125,62 @@ class Exchange:
         self._submit(model, body)
 
     def _submit(self, model: Model, body: bytes | memoryview) -> None:
+        door = self._door
         json_bytes = _header_length(self._head.headers.get(b"inference-header-content-length"), len(body))
-        if _is_long(model, len(body), json_bytes):
+        # Where headers are forwarded, every request may have parameters of its own.
+        before = 0 if door.forward or json_bytes is None else json_bytes
+        known = door.templates.read(model, body, before) if before else None
+        if known is not None:
+            request, self._forms = known
+            self._id = request.id
+            self._run_on(model, request)
+        elif _is_long(model, len(body), json_bytes):
             # Beside the event loop, which others wait for.
             reading = asyncio.get_running_loop().run_in_executor(None, self._read, model, body, json_bytes)
             reading.add_done_callback(functools.partial(self.run, self._was_read, model))
         else:
-            self._run_on(model, self._read(model, body, json_bytes))
+            decoded, request = self._read(model, body, json_bytes)
+            if before:
+                door.templates.learn(model, body, before, decoded, request)
+            self._run_on(model, request)
 
-    def _read(self, model: Model, body: bytes | memoryview, json_bytes: int | None) -> InferRequest:
+    def _read(
+        self, model: Model, body: bytes | memoryview, json_bytes: int | None
+    ) -> tuple[oip_json.Decoded, InferRequest]:
         door = self._door
         decoded = oip_json.decode(model.signature, body, json_bytes, door.limits)
         self._id, self._forms = decoded.id, decoded.forms
         if door.forward:
             decoded.parameters.update(door.forward.chosen(self._head.headers.items()))
-        return decoded.admitted(model.signature, model.version)
+        return decoded, decoded.admitted(model.signature, model.version)
 
-    def _was_read(self, model: Model, reading: "asyncio.Future[InferRequest]") -> None:
-        request = reading.result()
+    def _was_read(self, model: Model, reading: "asyncio.Future[tuple[oip_json.Decoded, InferRequest]]") -> None:
+        _, request = reading.result()
         if self._cancelled is not None:
             raise self._cancelled
         self._run_on(model, request)
 
     def _run_on(self, model: Model, request: InferRequest) -> None:
         engine = self._door.engine
-        pending = engine.submit(model, request, OnLoop(engine.mailbox(), functools.partial(self.run, self._finish)))
+        self._mailbox = engine.mailbox()
+        pending = engine.submit(model, request, self)
         if not self._answered:
             self._pending = pending
+
+    def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:
+        """The model's reply, on any thread."""
+        if final and not partial:
+            if self._mailbox.is_here:
+                self.run(self._finish, result)
+            else:
+                self._mailbox.post(functools.partial(self.run, self._finish, result))
+        return PLENTY
 
     def _finish(self, result: Result) -> None:
         if isinstance(result, ServingError):
             raise result
         door = self._door
-        json_bytes, buffers = oip_json.encode(result, self._forms, door.non_finite)
+        json_bytes, buffers = door.heads.encode(result, self._forms, door.non_finite)
         if door.compression == "on" or (
             door.compression == "auto" and json_bytes is None and len(buffers[0]) > COMPRESSED_FROM
         ):
@@ -170,6 +200,17 @@ class Exchange:
             self._answered = True
             self._pending = None  # it leads back here through its reply: body and outputs would wait for a collection
             self._reply(*answer)
+
+
+def infer_target(path: bytes) -> tuple[str, str] | None:
+    """Model and version ("" where there is none) of a path that is an inference's; None for any other."""
+    if not path.endswith(b"/infer") or not path.startswith(b"/v2/models/"):
+        return None
+    parts = path.split(b"/")
+    if not parts[3] or not (len(parts) == 5 or (len(parts) == 7 and parts[4] == b"versions" and parts[5].isdigit())):
+        return None
+    name = unquote_to_bytes(parts[3]) if b"%" in parts[3] else parts[3]
+    return name.decode(errors="replace"), parts[5].decode() if len(parts) == 7 else ""
 
 
 def _is_long(model: Model, body_bytes: int, json_bytes: int | None) -> bool:
@@ -195,8 +236,14 @@ def serve_infer(door: Door, head: Head, body: bytes | memoryview, reply: Reply) 
 def _success(json_bytes: int | None, body: Body, *headers: tuple[bytes, bytes]) -> Answer:
     if json_bytes is None:
         return answer(200, body, *headers)
-    length = (b"inference-header-content-length", b"%d" % json_bytes)
-    return answer(200, body, length, *headers, content_type=b"application/octet-stream")
+    known = _binary_headers(json_bytes, sum(map(len, body)))
+    return 200, [*known, *headers], body
+
+
+@functools.lru_cache(1024)
+def _binary_headers(json_bytes: int, length: int) -> Headers:
+    length_before = (b"inference-header-content-length", b"%d" % json_bytes)
+    return headers(length, length_before, content_type=b"application/octet-stream")
 
 
 def _header_length(value: bytes | None, body_bytes: int) -> int | None:

@@ -1,4 +1,7 @@
-"""One HTTP/2 connection: frames of many streams in from one read, frames of many streams out in one write. RFC 9113."""
+"""One HTTP/2 connection: frames of many streams in from one read, frames of many streams out in one write. RFC 9113.
+
+This is its receiving half; `outgoing` is the sending one, and `lifetime` knows when it ends.
+"""
 
 import asyncio
 import logging
@@ -8,26 +11,21 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from penstock.errors import Kind, ServingError
-from penstock.grpc_api import bodies
-from penstock.grpc_api.bodies import Body, Encoded
 from penstock.grpc_api.calls import Door, Unary
 from penstock.grpc_api.http2 import frames
 from penstock.grpc_api.http2.fields import Field, FieldReader
 from penstock.grpc_api.http2.flow import CONNECTION_WINDOW, WINDOW, Allowance, PingGuard
 from penstock.grpc_api.http2.frames import Code, Fault
 from penstock.grpc_api.http2.heads import (
-    HEADERS_BLOCK,
-    OK,
     Head,
     MalformedError,
     check_trailers,
-    error_block,
     read_head,
-    status_block,
     trailers_only,
 )
-from penstock.grpc_api.http2.messages import PREFIX_BYTES
-from penstock.grpc_api.http2.streams import STOPPING, AnyCall, StreamCall, UnaryCall
+from penstock.grpc_api.http2.lifetime import DRAIN_PING, Lifetime
+from penstock.grpc_api.http2.outgoing import BULK_BYTES, JOIN_BYTES
+from penstock.grpc_api.http2.streams import AnyCall, StreamCall, UnaryCall
 from penstock.grpc_api.methods import Row
 from penstock.settings import Settings
 
@@ -38,15 +36,8 @@ MAX_FRAME = 1 << 20  # bytes; grpcio's clients send no larger ones
 MAX_FIELDS = 64 << 10  # bytes of a request's header fields, before and after HPACK, as `--http-max-header-size`
 MAX_CONTINUATIONS = 16  # frames that one header block may be spread over
 MAX_KNOWN_HEADS = 64
-MAX_GIVEN_UP = 256  # streams that we ended first, on which frames may still come
-MAX_UNSENT_CHORES = 1000  # answers to PING and SETTINGS, while the client does not read
-TURN_BYTES = 256 << 10  # that one stream may send before it is another's turn
 READ_BYTES = 64 << 10  # at a time, where it is not into a message's own memory; these are copied there
-BULK_BYTES = 1 << 20  # that gather before they are written, and that the transport may hold
-JOIN_BYTES = 4 << 10  # a shorter message is copied between its frame's header and its trailers, a longer one is not
-OPENING_S = 20.0  # until the client has sent its preface and SETTINGS
 IDLE_PING_S = 7200.0  # between the PINGs of a client without calls that may not send them more often; as in grpcio
-LAST_PING_S = 1.0  # for the answer to the PING between the two GOAWAYs of an orderly end
 
 OPENING = frames.settings(
     MAX_CONCURRENT_STREAMS=MAX_STREAMS,
@@ -55,35 +46,16 @@ OPENING = frames.settings(
     MAX_HEADER_LIST_SIZE=MAX_FIELDS,
 ) + frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
 
-# An answer's constant parts around what changes: HEADERS, the head of the DATA frame with the message's prefix in it;
-# then trailers. A frame's length and type together are four bytes, of which DATA's type is 0.
-TRAILERS_OK = status_block(OK)
-HEAD = struct.Struct(f">5sI{len(HEADERS_BLOCK)}sIBIBI")
-HEADERS_START = frames.frame(frames.HEADERS, frames.END_HEADERS, 0, HEADERS_BLOCK)[:5]
-DATA_HEAD = struct.Struct(">IBI")
-TAIL = struct.Struct(f">5sI{len(TRAILERS_OK)}s")
-TRAILERS_START = frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 0, TRAILERS_OK)[:5]
 
-DRAIN_PING, KEEPALIVE_PING = b"penstock", b"are you?"
-
-
-class Connection(asyncio.BufferedProtocol):
-    """A client's connection and its calls. Used on one event loop; reads and writes nothing but through the transport.
-
-    What arrives is parsed by `data_received`; what is to be sent gathers in `_out` until all that arrived together
-    has been served, and leaves in one write.
-    """
+class Connection(Lifetime, asyncio.BufferedProtocol):
+    """A client's connection and its calls. Used on one event loop; reads and writes only through the transport."""
 
     def __init__(
         self, door: Door, settings: Settings, methods: Mapping[str, Row], closed: Callable[["Connection"], None]
     ) -> None:
-        self.door = door
-        self.loop = asyncio.get_running_loop()
-        self._settings = settings
+        super().__init__(door, settings)
         self._methods = methods
         self._on_closed = closed
-        self._transport: asyncio.Transport | None = None
-        self._timers: dict[str, asyncio.TimerHandle] = {}
 
         # reading
         self._buffer = memoryview(bytearray(READ_BYTES))
@@ -91,11 +63,6 @@ class Connection(asyncio.BufferedProtocol):
         self._rest = b""  # the beginning of a frame whose end has not come
         self._opened = False  # the preface has come
         self._settled = False  # the client's first SETTINGS have come
-        self._over = False  # nothing that comes is read any more
-        self._closed = False  # nothing is written any more
-        self._last_id = 0  # the highest stream that the client has opened
-        self._streams: dict[int, AnyCall] = {}
-        self._given_up: dict[int, None] = {}  # streams that we ended before the client did, in that order
         self._credit = CONNECTION_WINDOW  # bytes that the client may send on all streams together
         self._body: AnyCall | None = None  # whose DATA frame is being read
         self._body_left = 0  # bytes of that frame
@@ -109,17 +76,6 @@ class Connection(asyncio.BufferedProtocol):
         self._reader = FieldReader(MAX_FIELDS)
         self._heads: dict[bytes, Head] = {}  # by their blocks, valid while the dynamic table stands still
 
-        # writing
-        self._reading = False  # inside `data_received`, which will write what gathers
-        self._out: list[Body] = []
-        self._bulk = 0  # bytes in `_out` that are too many to be copied once more
-        self._paused = False  # the transport holds enough
-        self._chores = 0  # answers to PING and SETTINGS since it paused
-        self._window = frames.DEFAULT_WINDOW  # bytes that we may send on all streams together
-        self._stream_window = frames.DEFAULT_WINDOW  # a new stream's
-        self._frame_limit = frames.SMALLEST_FRAME_LIMIT
-        self._ready: dict[int, AnyCall] = {}  # streams that have something to send and a window, in turn
-
         # the client's manners
         self._resets = Allowance(2000, 500)  # a busy client's deadlines may well pass so often
         self._idle_frames = Allowance(1000, 100)
@@ -129,12 +85,6 @@ class Connection(asyncio.BufferedProtocol):
             if settings.grpc_keepalive_permit_without_calls else IDLE_PING_S,
             settings.grpc_http2_max_ping_strikes,
         )  # fmt: skip
-        self._spoke = False  # HEADERS or DATA were sent since the last PING came
-        self._heard = False  # anything has come since the last look
-        self._pings_unanswered = 0  # keepalive PINGs since HEADERS or DATA were sent
-        self._new_deadlines: list[AnyCall] = []  # of calls that came with this read
-        self._draining = False  # the first GOAWAY has gone
-        self._refusing = False  # the last GOAWAY has gone
 
     # -- the transport's side
 
@@ -142,10 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
         transport.set_write_buffer_limits(BULK_BYTES)
         transport.write(OPENING)
-        self._after("opening", OPENING_S, self._close)
-        self._after("keepalive", self._settings.grpc_keepalive_time / 1000, self._keep_alive)
-        if self._settings.grpc_max_connection_age:
-            self._after("age", self._settings.grpc_max_connection_age / 1000, self._grow_old)
+        self._begin_life()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._over = True
@@ -156,15 +103,6 @@ class Connection(asyncio.BufferedProtocol):
         for stream in streams.values():
             stream.cancel()
         self._on_closed(self)
-
-    def pause_writing(self) -> None:
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._chores = 0
-        self._pump()
-        self._flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Where the socket is read into: a long message's own memory while its frame goes on, else a buffer."""
@@ -312,6 +250,10 @@ class Connection(asyncio.BufferedProtocol):
             if not stream.data(part, last):
                 self._reset(stream.id, Code.PROTOCOL_ERROR)
         return end
+
+    def coming(self, call: AnyCall) -> int:
+        """Bytes of this call's DATA frame that has begun: they are on their way, and taken off its window already."""
+        return self._body_left if self._body is call else 0
 
     def _late_data(self, id: int, end: bool) -> None:
         """DATA on a stream that takes none."""
@@ -542,265 +484,6 @@ class Connection(asyncio.BufferedProtocol):
     def _count_idle(self) -> None:
         if not self._idle_frames.take(self.loop.time()):
             raise Fault(Code.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
-
-    # -- calls' side; see streams.Link
-
-    def answer(self, call: UnaryCall, body: Encoded) -> None:
-        """Headers, the message and trailers; the stream is over."""
-        length = len(body) if isinstance(body, bytes) else bodies.length(body)
-        size = PREFIX_BYTES + length
-        if self._ready or self._paused or not (call.window >= size <= self._window and size <= self._frame_limit):
-            self.send(call, body)
-            self.finish(call, None)
-            return
-        self._window -= size
-        head = HEAD.pack(HEADERS_START, call.id, HEADERS_BLOCK, size << 8, 0, call.id, 0, length)
-        tail = TAIL.pack(TRAILERS_START, call.id, TRAILERS_OK)
-        if isinstance(body, bytes) and length < JOIN_BYTES:
-            self._out.append(head + body + tail)
-        else:
-            self._out += (head, body, tail) if isinstance(body, bytes) else (head, *body, tail)
-            self._bulk += length
-        self._spoke = True
-        self._pings_unanswered = 0
-        self._forget(call)
-        if not self._reading:
-            self._flush()
-
-    def send(self, call: AnyCall, body: Encoded) -> None:
-        """Headers if they have not gone yet, and a message, as the windows allow; then `call.drained`."""
-        if call.id not in self._streams:
-            return  # the client has gone away
-        if not call.headed:
-            call.headed = True
-            self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, call.id, HEADERS_BLOCK))
-        call.out.append(memoryview(b"\0" + bodies.length(body).to_bytes(4, "big")))
-        call.out.extend(memoryview(part) for part in ([body] if isinstance(body, bytes) else body) if part)
-        self._queue(call)
-        self._pump()
-        if not self._reading:
-            self._flush()
-
-    def finish(self, call: AnyCall, error: ServingError | None) -> None:
-        """Trailers, behind what waits to be sent; the stream is over."""
-        if call.id not in self._streams:
-            return  # the client has gone away
-        if error is None:
-            call.last = TRAILERS_OK
-        else:
-            call.out.clear()  # nobody needs a message whose call has failed
-            call.last = error_block(error)
-        if not call.headed:
-            call.headed = True
-            call.last = HEADERS_BLOCK + call.last
-        if not call.out:
-            self._ready.pop(call.id, None)
-            self._end(call)
-        if not self._reading:
-            self._flush()
-
-    def grant(self, call: AnyCall, more: int) -> None:
-        """Allow the client `more` bytes on this stream."""
-        if call.id in self._streams:
-            call.credit += more
-            self._out.append(frames.window_update(call.id, more))
-            if not self._reading:
-                self._flush()
-
-    # -- frames out
-
-    def _queue(self, stream: AnyCall) -> None:
-        if stream.out and stream.window > 0:
-            self._ready[stream.id] = stream
-
-    def _pump(self) -> None:
-        """Send what windows and transport allow, each stream in its turn."""
-        while self._ready and self._window > 0 and not self._paused:
-            id = next(iter(self._ready))
-            stream = self._ready.pop(id)
-            self._send_some(stream)
-            if stream.out:
-                self._queue(stream)  # behind the others
-            elif stream.last is not None:
-                self._end(stream)
-            else:
-                stream.drained()
-
-    def _send_some(self, stream: AnyCall) -> None:
-        """One DATA frame."""
-        most = min(self._window, stream.window, self._frame_limit, TURN_BYTES)
-        parts: list[memoryview] = []
-        left = most
-        while stream.out and left:
-            part = stream.out[0]
-            if len(part) <= left:
-                stream.out.popleft()
-            else:
-                stream.out[0] = part[left:]
-                part = part[:left]
-            parts.append(part)
-            left -= len(part)
-        size = most - left
-        self._window -= size
-        stream.window -= size
-        self._out.append(DATA_HEAD.pack(size << 8, 0, stream.id))
-        self._out += parts
-        self._spoke = True
-        self._pings_unanswered = 0
-        self._bulk += size
-        if self._bulk > BULK_BYTES:
-            self._flush()  # the transport says when it has enough
-
-    def _end(self, stream: AnyCall) -> None:
-        """Trailers, now."""
-        assert stream.last is not None
-        self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream.id, stream.last))
-        self._spoke = True
-        self._pings_unanswered = 0
-        if not stream.ended:
-            self._give_up(stream.id)
-            self._out.append(frames.rst_stream(stream.id, Code.NO_ERROR))  # the client need not send the rest
-        self._forget(stream)
-
-    def _refuse(self, id: int, block: bytes, ended: bool) -> None:
-        """Answer a request that no call came of."""
-        self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, id, block))
-        if not ended:
-            self._give_up(id)
-            self._out.append(frames.rst_stream(id, Code.NO_ERROR))
-
-    def _reset(self, id: int, code: Code) -> None:
-        self._give_up(id)
-        self._out.append(frames.rst_stream(id, code))
-        stream = self._streams.get(id)
-        if stream is not None:
-            self._forget(stream)
-            stream.cancel()
-
-    def _give_up(self, id: int) -> None:
-        if len(self._given_up) >= MAX_GIVEN_UP:
-            del self._given_up[next(iter(self._given_up))]
-        self._given_up[id] = None
-
-    def _forget(self, stream: AnyCall) -> None:
-        self._streams.pop(stream.id, None)
-        self._ready.pop(stream.id, None)
-        if self._refusing and not self._streams:
-            self._close()
-
-    def _chore(self, answer: bytes) -> None:
-        self._out.append(answer)
-        if self._paused:
-            self._chores += 1
-            if self._chores > MAX_UNSENT_CHORES:
-                raise Fault(Code.ENHANCE_YOUR_CALM, "too many frames that ask for an answer that nobody reads")
-
-    def _flush(self) -> None:
-        out = self._out
-        if not out or self._transport is None or self._closed:
-            return
-        self._out, bulk, self._bulk = [], self._bulk, 0
-        if bulk >= JOIN_BYTES:
-            self._transport.writelines(out)
-        else:
-            self._transport.write(out[0] if len(out) == 1 else b"".join(out))
-
-    def _fail(self, fault: Fault) -> None:
-        """End the connection and say why."""
-        logger.debug("gRPC connection ends: %s", fault.text)
-        self._out.append(frames.goaway(self._last_id, fault.code, fault.text))
-        self._close()
-
-    def _close(self) -> None:
-        """Write what there is to write, then nothing more. `connection_lost` cancels the calls that still run."""
-        self._flush()
-        self._over = self._closed = True
-        if self._transport is not None:
-            self._transport.close()
-
-    # -- time
-
-    def _after(self, name: str, delay_s: float, call: Callable[[], None]) -> None:
-        self._timers[name] = self.loop.call_later(delay_s, call)
-
-    def _arm(self) -> None:
-        """Watch the deadlines of the calls that came with this read, but for those that were answered at once."""
-        now_ns = time.monotonic_ns()
-        for stream in self._new_deadlines:
-            if stream.id in self._streams:
-                delay_s = (stream.call.deadline_ns - now_ns) / 1e9
-                stream.timer = self.loop.call_later(delay_s, self._expire, stream)
-        self._new_deadlines.clear()
-
-    def _expire(self, stream: AnyCall) -> None:
-        stream.timer = None
-        stream.end(ServingError(Kind.DEADLINE, "the deadline passed before the request was answered"))
-
-    def _keep_alive(self) -> None:
-        """Ask a silent client whether it is there."""
-        time_s = self._settings.grpc_keepalive_time / 1000
-        may = self._streams or self._settings.grpc_keepalive_permit_without_calls
-        most = self._settings.grpc_http2_max_pings_without_data
-        if self._heard or not may or (most and self._pings_unanswered >= most):
-            self._heard = False
-            self._after("keepalive", time_s, self._keep_alive)
-            return
-        self._pings_unanswered += 1
-        self._out.append(frames.frame(frames.PING, 0, 0, KEEPALIVE_PING))
-        self._flush()
-        self._after("keepalive", self._settings.grpc_keepalive_timeout / 1000, self._still_there)
-
-    def _still_there(self) -> None:
-        if self._heard:
-            self._keep_alive()
-        else:
-            logger.debug("gRPC connection ends: the client has not answered a PING")
-            self.abort()
-
-    def abort(self) -> None:
-        """Close at once, whatever is unsent."""
-        self._over = self._closed = True
-        if self._transport is not None:
-            self._transport.abort()
-
-    def _grow_old(self) -> None:
-        self.drain()
-        if self._settings.grpc_max_connection_age_grace:
-            self._after("grace", self._settings.grpc_max_connection_age_grace / 1000, self.abort)
-
-    def drain(self) -> None:
-        """Ask the client to open no more streams, and close once those that are open have been answered.
-
-        First a GOAWAY that still allows all, then, when the client must have seen it, one that names the last stream:
-        so none is lost on the way. RFC 9113, §6.8
-        """
-        if self._draining or self._over:
-            return
-        self._draining = True
-        self._out += (
-            frames.goaway(frames.LARGEST_ID, Code.NO_ERROR),
-            frames.frame(frames.PING, 0, 0, DRAIN_PING),
-        )
-        self._flush()
-        self._after("drain", LAST_PING_S, self._refuse_more)
-        for stream in list(self._streams.values()):
-            if isinstance(stream, StreamCall) and not stream.drains:
-                stream.end(STOPPING)
-
-    def stop(self) -> None:
-        """Answer what still runs with an error, and close."""
-        for stream in list(self._streams.values()):
-            stream.end(STOPPING)
-        self._refuse_more()
-
-    def _refuse_more(self) -> None:
-        if self._refusing:
-            return
-        self._refusing = True
-        self._out.append(frames.goaway(self._last_id, Code.NO_ERROR))
-        self._flush()
-        if not self._streams:
-            self._close()
 
 
 def _sized(name: str, payload: bytes, size: int) -> None:

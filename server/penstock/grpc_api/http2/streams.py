@@ -41,6 +41,9 @@ class Link(Protocol):
     def grant(self, call: "AnyCall", more: int) -> None:
         """Allow the client `more` bytes on this stream."""
 
+    def coming(self, call: "AnyCall") -> int:
+        """Bytes of this call's DATA frame that has begun: they are on their way, and taken off its window already."""
+
 
 class BaseCall:
     """What a stream is to its connection, which owns all fields that have no underscore."""
@@ -163,7 +166,7 @@ class UnaryCall(BaseCall):
             self.reply(ServingError(Kind.UNSUPPORTED, f"this method takes one whole message, got {ready or 'none'}"))
         elif not end:
             # One message is all that comes, so its window grows by what it lacks, and in most calls never.
-            if not ready and (more := assembler.missing - self.credit) > 0:
+            if not ready and (more := assembler.missing - self._link.coming(self) - self.credit) > 0:
                 self._link.grant(self, more)
         else:
             self._open(assembler.ready.popleft())
@@ -320,7 +323,8 @@ class StreamCall(BaseCall):
 
     def _top_up(self) -> None:
         assert self._assembler is not None
-        if more := top_up(self.credit, self._held, self._assembler.missing):
+        coming = self._link.coming(self)
+        if more := top_up(self.credit, self._held + coming, self._assembler.missing - coming):
             self._link.grant(self, more)
 
 
