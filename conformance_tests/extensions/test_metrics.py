@@ -95,3 +95,13 @@ def test_metrics_and_statistics_agree(http: HttpClient, http_metrics: HttpClient
     ]
     assert sum(failures) == counted["inference_stats"]["fail"]["count"]
     assert found['nv_inference_request_failure{model="failing",reason="BACKEND",version="1"}'] >= 1
+
+
+@clause("metrics.machine", "metrics.process")
+def test_the_machine_and_the_process_are_told(http_metrics: HttpClient) -> None:
+    found = scrape(http_metrics)
+    assert 0 <= found["nv_cpu_utilization"] <= 1
+    assert 0 < found["nv_cpu_memory_used_bytes"] < found["nv_cpu_memory_total_bytes"]
+    assert found["process_resident_memory_bytes"] > 0
+    assert 0 < found["process_open_fds"] <= found["process_max_fds"]
+    assert found["process_cpu_seconds_total"] <= scrape(http_metrics)["process_cpu_seconds_total"]

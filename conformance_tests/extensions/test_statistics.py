@@ -10,8 +10,10 @@ import pytest
 from conformance_tests.carriers import Call, HttpBinary, Input, Refusal, infer, refusal, simple
 from conformance_tests.clause_table import clause
 from conformance_tests.doors import Document, Door, known
+from conformance_tests.grpc_wire import GrpcClient, pb
 from conformance_tests.http_wire import HttpClient
 from conformance_tests.server import Target
+from conformance_tests.tensors import pack
 
 needs = pytest.mark.needs
 LIMIT_S = 10.0
@@ -142,3 +144,37 @@ def test_one_version_one_model_or_all_are_asked_for(door: Door) -> None:
 )
 def test_statistics_of_what_is_not_there_are_refused(door: Door, model: str, version: str, text: str) -> None:
     assert door.statistics(model, version) == Refusal("INVALID_ARGUMENT", text)
+
+
+RESPONSE = ("compute_infer", "compute_output", "success", "fail", "empty_response", "cancel")
+
+
+@clause("statistics.responses")
+@needs("stream_count")
+def test_responses_of_decoupled_models_are_counted_by_their_place(door: Door, grpc: GrpcClient) -> None:
+    def responses() -> dict[int, dict[str, int]]:
+        told = entry(door, "stream_count")["response_stats"]
+        for place in told.values():
+            assert [*place] == [*RESPONSE]
+        return {int(at): {name: int(place[name]["count"]) for name in RESPONSE} for at, place in told.items()}
+
+    before = responses()
+    given = np.array([b'{"count": 2}'], np.object_)
+    tensor = pb.ModelInferRequest.InferInputTensor(name="input", datatype="BYTES", shape=[1])
+    asked = pb.ModelInferRequest(model_name="stream_count", inputs=[tensor], raw_input_contents=[pack("BYTES", given)])
+    assert len(list(grpc.stub.ModelStreamInfer(iter([asked])))) == 2
+    after = responses()
+    more = {
+        at: {name: number - before.get(at, {}).get(name, 0) for name, number in after[at].items() if number}
+        for at in after
+    }
+    assert (more[0]["success"], more[1]["success"], more[2]["empty_response"]) == (1, 1, 1)
+
+
+@clause("statistics.memory")
+@needs("stream_count", "simple")
+def test_memory_is_told_of_models_that_know_theirs(door: Door) -> None:
+    (memory,) = entry(door, "stream_count")["memory_usage"]
+    assert (memory["type"], int(memory["id"])) == ("CPU", 0)
+    assert int(memory["byte_size"]) > 1 << 20
+    assert entry(door, "simple")["memory_usage"] == []

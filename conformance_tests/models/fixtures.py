@@ -51,6 +51,7 @@ def make_fixtures(directory: Path) -> None:
     - halves: INPUT0 FP16 and INPUT1 BF16 [rows,columns]; OUTPUT0 is INPUT0 as BF16, OUTPUT1 is INPUT1 as FP16
     - quantised_qdq: FP32 [rows,4] to [rows,2] through a product of INT8 weights and numbers rounded to quarters
     - quantised_qlinear: the same product in whole numbers, UINT8 to UINT8
+    - stream_count: a handler that is a generator: 0, 1, ... below `count`, then a failure where `fail` says so
     - latest_version: y = version · x, FP32 [length], in versions 2, 9 and 10 and no configuration: 10 serves.
       Its directories 03 and notes are no versions
     - latest_two: the same in versions 1, 2 and 3, the highest two served
@@ -72,6 +73,7 @@ def make_fixtures(directory: Path) -> None:
     _cached().write(directory)
     _warmed("warmed", [0, 3, -4]).write(directory)
     make_batching_fixtures(directory, *BATCHING)
+    Directory("stream_count", {"handler.py": STREAM_COUNT}).write(directory)
     _multiples("latest_version", (2, 9, 10), {f"{no}/model.onnx": NOT_ONNX for no in ("03", "notes")}).write(directory)
     for name, policy in {
         "latest_two": "latest { num_versions: 2 }",
@@ -280,6 +282,19 @@ def _warmed(name: str, indices: Sequence[int]) -> Directory:
     data = np.array(indices, np.int64).tobytes()
     return Directory(name, {"1/model.onnx": _failing(), "config.pbtxt": WARMUP_CONFIG, "warmup/indices": data})
 
+
+STREAM_COUNT = """\
+import runpod
+
+
+def handler(job):
+    yield from range(job["input"]["count"])
+    if job["input"].get("fail"):
+        raise ValueError("told to fail")
+
+
+runpod.serverless.start({"handler": handler})
+"""
 
 # Configurations of slow_rows, by the name of the model that has each.
 BATCHING = {

@@ -23,9 +23,18 @@ LIMIT_S = 20.0  # no wait takes this long, but a lost answer must not hang a tes
 CPU = Placement("cpu")
 NOBODY = ServingError(Kind.CANCELLED, "nobody waits")
 
+NOTHING = "no answer of its own"
+
+
+def _value(response: InferResponse) -> Any:
+    return orjson.loads(response.outputs[0].array[0]) if response.outputs else NOTHING
+
 
 class Replies:
-    """A reply that keeps what it is given: ("progress" | "chunk" | "final", value or ServingError)."""
+    """A reply that keeps what it is given: ("progress" | "chunk" | "final", value or ServingError).
+
+    A final response without outputs is `NOTHING`.
+    """
 
     def __init__(self, credit: Credit = PLENTY) -> None:
         self.given: list[tuple[str, Any]] = []
@@ -34,7 +43,7 @@ class Replies:
 
     def __call__(self, result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit:
         kind = "progress" if partial else "final" if final else "chunk"
-        value = result if isinstance(result, ServingError) else orjson.loads(result.outputs[0].array[0])
+        value = result if isinstance(result, ServingError) else _value(result)
         with self._changed:
             self.given.append((kind, value))
             self._changed.notify_all()

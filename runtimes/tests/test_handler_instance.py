@@ -13,7 +13,7 @@ import pytest
 from penstock.errors import Kind, WorkerLostError
 from penstock_runtimes.handler.instance import delay_s
 
-from .handlers import LIMIT_S, NOBODY, ends, opened, printed, send, until
+from .handlers import LIMIT_S, NOBODY, NOTHING, ends, opened, printed, send, until
 
 # A handler that says when it has begun, and then waits: for ever, unless it is async and cancelled.
 WAITS = """
@@ -158,7 +158,7 @@ def test_a_generator_is_cancelled_at_its_next_step(tmp_path: Path, caplog: pytes
         sent.cancelled.set(NOBODY)
         assert sent.error() is NOBODY
         assert printed(caplog, "j") == ["left"]
-        assert (send(instance, "go").result(), instance.pid) == ([], pid)
+        assert (send(instance, "go").result(), instance.pid) == (NOTHING, pid)
 
 
 def test_one_that_will_not_be_cancelled_is_killed_after_the_grace(tmp_path: Path) -> None:

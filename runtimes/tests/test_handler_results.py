@@ -11,7 +11,7 @@ from penstock.errors import Kind
 from penstock.runtime import PLENTY
 from penstock_runtimes.handler.instance import ACKNOWLEDGED, HandlerInstance
 
-from .handlers import LIMIT_S, opened, printed, send
+from .handlers import LIMIT_S, NOTHING, opened, printed, send
 
 # Handlers that do what their input says, in Python.
 PLAIN = """
@@ -149,7 +149,7 @@ def test_a_generator_s_chunks_come_in_order_and_then_all_of_them_or_none(
         assert instance.generator
         values = list(range(100))
         sent = send(instance, [str(value) for value in values])
-        assert sent.result() == (values if aggregate else [])
+        assert sent.result() == (values if aggregate else NOTHING)
         assert sent.of("chunk") == values
         assert sent.given[-1][0] == "final"
 
@@ -224,10 +224,10 @@ def test_a_generator_waits_until_its_chunks_are_read(tmp_path: Path) -> None:
         assert room.asked.wait(LIMIT_S)
         sent.wait("chunk", 2 * ACKNOWLEDGED)
         other = send(instance, credit=PLENTY)  # shares the process, and so shows that the first one stands still
-        assert other.result() == []
+        assert other.result() is NOTHING
         assert len(sent.of("chunk")) == 2 * ACKNOWLEDGED
         room.open()
-        assert sent.result() == []
+        assert sent.result() is NOTHING
         assert sent.of("chunk") == list(range(500))
 
 

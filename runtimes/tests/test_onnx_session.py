@@ -108,6 +108,12 @@ def test_initialisers_may_use_the_device_allocator(value: str, entry: str) -> No
             "model 'm': parameter 'intra_op_thread_count' expects a whole number, got 'many'",
         ),
         (
+            "intra_op_thread_count",
+            "99999999999999999999",
+            "model 'm': parameter 'intra_op_thread_count' expects a whole number up to 1024, got "
+            "'99999999999999999999'",
+        ),
+        (
             "inter_op_thread_count",
             "1.5",
             "model 'm': parameter 'inter_op_thread_count' expects a whole number, got '1.5'",

@@ -29,6 +29,7 @@ from penstock.tensor import (
 )
 
 MAX_SIZE = 2**63 - 1
+SEQUENCE_ID_BYTES = 128
 MOST_COUNTED = 2**20  # elements too many that are counted to be told: a wrong request must not hold up others
 UNBATCHED_NOTE = (
     "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
@@ -49,6 +50,32 @@ class Given:
     datatype: str
     shape: Sequence[int]
     data: memoryview | bytes | Array
+
+
+def check_count(number: int, most: int) -> None:
+    """Raises ServingError(INVALID) for more input tensors than a request may have."""
+    if number > most:
+        raise ServingError(
+            Kind.INVALID, f"request has {number} inputs, the limit is {most}. Use --max-tensors to increase it."
+        )
+
+
+def check_rank(name: str, rank: int, most: int) -> None:
+    """Raises ServingError(INVALID) for an input of more dimensions than a tensor may have."""
+    if rank > most:
+        raise ServingError(
+            Kind.INVALID,
+            f"invalid shape for input '{name}': it has {rank} dimensions, the limit is {most}. "
+            "Use --max-rank to increase it.",
+        )
+
+
+def check_sequence_id(id: str) -> None:
+    """Raises ServingError(UNSUPPORTED) for a text that is too long, in UTF-8, to be a sequence's id."""
+    if len(id.encode(errors="replace")) > SEQUENCE_ID_BYTES:
+        raise ServingError(
+            Kind.UNSUPPORTED, f"string correlation ID cannot be longer than {SEQUENCE_ID_BYTES} characters"
+        )
 
 
 @dataclass(slots=True)

@@ -100,6 +100,7 @@ def model_statistics(engine: Engine, fields: Fields) -> Fields:
 
 def _statistics(model: Model) -> Fields:
     counts = model.statistics
+    memory_bytes = model.memory_bytes
     with counts.lock:
         return {
             "name": model.name,
@@ -117,7 +118,17 @@ def _statistics(model: Model) -> Fields:
                 "cache_hit": _duration(counts.cache_hit),
                 "cache_miss": _duration(counts.cache_miss),
             },
-            "response_stats": {},
+            "response_stats": {
+                str(place): {
+                    "compute_infer": _duration(response.compute_infer),
+                    "compute_output": _duration(response.compute_output),
+                    "success": _duration(response.success),
+                    "fail": _duration(response.fail),
+                    "empty_response": _duration(response.empty_response),
+                    "cancel": _duration(response.cancel),
+                }
+                for place, response in sorted(counts.responses.items())
+            },
             "batch_stats": [
                 {
                     "batch_size": size,
@@ -127,7 +138,7 @@ def _statistics(model: Model) -> Fields:
                 }
                 for size, batch in sorted(counts.batches.items())
             ],
-            "memory_usage": [],
+            "memory_usage": [{"type": "CPU", "id": 0, "byte_size": memory_bytes}] if memory_bytes else [],
         }
 
 

@@ -131,10 +131,13 @@ class Engine:
         window = Window(self.mailbox(), STREAM_WINDOW)
         pending = self.submit(model, request, window)
         try:
-            while (item := await window.get()) is not None:
-                if isinstance(item, ServingError):
-                    raise item
-                yield item
+            while True:
+                result, final, partial = await window.get()
+                if isinstance(result, ServingError):
+                    raise result
+                yield Replied(result, final, partial)
+                if final:
+                    return
         finally:
             if not window.ended:
                 pending.cancel(ServingError(Kind.CANCELLED, "the client went away"))
@@ -171,14 +174,16 @@ class Window:
     Owned by its lock: the producer may be any thread.
     """
 
-    def __init__(self, mailbox: Mailbox, size: int) -> None:
+    def __init__(self, mailbox: Mailbox, size: int, arrived: Callable[[], None] | None = None) -> None:
+        """With `arrived`, that is called on the loop for each answer, which is then there to `take`; else use `get`."""
         self._mailbox = mailbox
-        self._items: deque[Replied | ServingError | None] = deque()
+        self._items: deque[tuple[Result, bool, bool]] = deque()
         self._left = size
         self.ended = False  # the final reply has come
         self._room = threading.Condition()
         self._room_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-        self._arrived = asyncio.Event()
+        self._news = asyncio.Event()
+        self._arrived = arrived or self._news.set
 
     @property
     def left(self) -> int:
@@ -186,12 +191,10 @@ class Window:
 
     def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:
         with self._room:
-            self._items.append(result if isinstance(result, ServingError) else Replied(result, final, partial))
-            if final:
-                self.ended = True
-                self._items.append(None)
+            self._items.append((result, final, partial))
+            self.ended = self.ended or final
             self._left -= 1
-        self._mailbox.post(self._arrived.set)
+        self._mailbox.post(self._arrived)
         return self
 
     def wait(self) -> None:
@@ -210,14 +213,17 @@ class Window:
                 self._room_waiters.append((asyncio.get_running_loop(), event))
             await event.wait()
 
-    async def get(self) -> Replied | ServingError | None:
-        """The next answer; None when there are no more."""
+    async def get(self) -> tuple[Result, bool, bool]:
+        """The next answer, whether it is the last, and whether it is but progress. Not to be asked after the last."""
         while not self._items:
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._news.clear()
+            await self._news.wait()
+        return self.take()
+
+    def take(self) -> tuple[Result, bool, bool]:
+        """As `get`, of an answer that is there."""
         item = self._items.popleft()
-        if item is not None:
-            self._give(1)
+        self._give(1)
         return item
 
     def open_wide(self) -> None:

@@ -30,12 +30,14 @@ INLINE_SLOW_RUNS = 3  # in a row: a single one is as likely a thread that lost i
 Finish = Callable[[Sequence[Pending], Sequence[InferResponse | ServingError], Execution], None]
 Withdrawn = Callable[[Pending, ServingError], None]
 Shaped = Callable[[InferRequest, InferResponse], InferResponse | ServingError]
+# Is told of each response to a request: its place, what it is, and nanoseconds since the one before or the start.
+Responded = Callable[[int, InferResponse | ServingError, int], None]
 
 
 class Worker:
     """An instance, its thread and its place in the crew. All fields are owned by the crew's lock."""
 
-    __slots__ = ("in_flight", "inline", "instance", "thread", "turn", "wake", "wakes_ns")
+    __slots__ = ("gathered_ns", "idle_ns", "in_flight", "inline", "instance", "thread", "turn", "wake", "wakes_ns")
 
     def __init__(self, instance: Instance, lock: threading.Lock) -> None:
         self.instance = instance
@@ -43,6 +45,8 @@ class Worker:
         self.in_flight = 0  # requests that were started and have not had their final reply
         self.wake = threading.Condition(lock)
         self.wakes_ns = NEVER_NS  # when it wakes by itself, while it is idle
+        self.idle_ns = 0  # since when it is; 0: it is not
+        self.gathered_ns = 0  # how long its batch could have run before it did
         self.thread: threading.Thread | None = None
         self.turn: Turn | None = None  # which it needs for each batch, where rates are limited
 
@@ -72,11 +76,13 @@ class Crew:
         limiter: RateLimiter | None = None,
         limits: Sequence[RateLimit] = (),
         shaped: Shaped = lambda _, response: response,
+        responded: Responded | None = None,
     ) -> None:
         """With a `limiter`, each instance has one of the `limits`. Raises ServingError if it could never run."""
         self._name = name
         self._scheduler = scheduler
         self._finish = finish  # counts and replies for a batch that ran
+        self.responded = responded
         self._withdrawn = withdrawn  # counts and replies for a request that will not run
         self.shaped = shaped  # an answer before the final one, as it leaves
         self._lock = threading.Lock()
@@ -266,7 +272,7 @@ class Crew:
             if worker.instance.streams:
                 self._start(worker, batch)
             else:
-                self._run(worker.instance, batch)
+                self._run(worker.instance, batch, gathered_ns=worker.gathered_ns)
             del batch  # else its tensors would live until the next one comes
             if worker.turn is not None and self._limiter is not None:
                 with self._lock:
@@ -297,6 +303,11 @@ class Crew:
                         if not batch and worker.turn.granted:
                             return None
                     if batch:
+                        worker.gathered_ns = 0
+                        if worker.idle_ns:
+                            since_ns = max(worker.idle_ns, min(pending.arrived_ns for pending in batch))
+                            worker.gathered_ns = max(0, now_ns - since_ns)
+                            worker.idle_ns = 0
                         if worker in self._idle:
                             self._idle.remove(worker)
                         worker.in_flight += len(batch) if worker.instance.streams else 0
@@ -304,6 +315,7 @@ class Crew:
                         return batch
                     if worker not in self._idle:
                         self._idle.append(worker)
+                    worker.idle_ns = worker.idle_ns or now_ns
                     wake_ns = self._scheduler.wake_at(now_ns)
                     if worker.turn is not None and wake_ns is not None and wake_ns <= now_ns:
                         wake_ns = None  # its turn has not come: the limiter wakes it
@@ -341,8 +353,9 @@ class Crew:
                     worker.wake.notify()  # its own thread ends, or looks at what has come meanwhile
                 else:
                     self._idle.append(worker)
+                    worker.idle_ns = monotonic_ns()
 
-    def _run(self, instance: Instance, batch: list[Pending], inline: bool = False) -> int:
+    def _run(self, instance: Instance, batch: list[Pending], inline: bool = False, gathered_ns: int = 0) -> int:
         """Execute and reply; returns the nanoseconds that took. What runs inline is over before it could be ended."""
         started_ns = monotonic_ns()
         wanted = self._still_wanted(batch, started_ns)
@@ -359,9 +372,9 @@ class Crew:
                 results = [_failure(error, wanted[0])] * len(wanted)
         ended_ns = monotonic_ns()
         if any(isinstance(result, ServingError) for result in results):
-            times = Execution(started_ns, started_ns, ended_ns, ended_ns)
+            times = Execution(started_ns, started_ns, ended_ns, ended_ns, gathered_ns)
         else:
-            times = Execution(started_ns, instance.inputs_ready_ns, instance.outputs_came_ns, ended_ns)
+            times = Execution(started_ns, instance.inputs_ready_ns, instance.outputs_came_ns, ended_ns, gathered_ns)
         try:
             self._finish(wanted, results, times)
         finally:
@@ -449,16 +462,21 @@ def _unwanted(batch: Sequence[Pending]) -> Cancelled:
 class _FinalReply:
     """The reply of a request that was started: passes all on, and frees the worker's place at the final one."""
 
-    __slots__ = ("_crew", "_pending", "_started_ns", "_worker", "ended")
+    __slots__ = ("_crew", "_last_ns", "_pending", "_place", "_started_ns", "_worker", "ended")
 
     def __init__(self, crew: Crew, worker: Worker, pending: Pending) -> None:
         self._crew = crew
         self._worker = worker
         self._pending = pending
-        self._started_ns = monotonic_ns()
+        self._started_ns = self._last_ns = monotonic_ns()
+        self._place = 0  # of the next response
         self.ended = False  # the final reply was given
 
     def __call__(self, result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit:
+        if self._crew.responded is not None and not partial:
+            came_ns = monotonic_ns()
+            self._crew.responded(self._place, result, came_ns - self._last_ns)
+            self._place, self._last_ns = self._place + 1, came_ns
         if not final:
             if isinstance(result, InferResponse):
                 result = self._crew.shaped(self._pending.request, result)

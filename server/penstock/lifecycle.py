@@ -25,6 +25,7 @@ from penstock.rate import RateLimiter
 from penstock.repository import ModelSource
 from penstock.runtime import Find, Instance, ModelFiles, Placement, Runtime, find
 from penstock.settings import Settings
+from penstock.statistics import Summaries
 
 logger = logging.getLogger(__name__)
 
@@ -603,7 +604,10 @@ class Lifecycle:
             warmup.run(done, signature, source.directory, instances)
             took_s = time.monotonic() - started_s
             loaded = Loaded(files, done, signature, took_s, tuple(host.models))
-            return Model(loaded, instances, self.cache, self._limiter, self.lose_device)
+            model = Model(loaded, instances, self.cache, self._limiter, self.lose_device)
+            if self._settings.metrics_options()["summary_latencies"]:
+                model.statistics.summaries = Summaries(self._settings.summary_quantiles())
+            return model
         except BaseException:
             for instance in instances:
                 instance.close()

@@ -3,7 +3,11 @@
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Any
 
+import orjson
+
+from penstock import access
 from penstock.errors import Kind, ServingError
 from penstock.settings import Settings
 
@@ -21,13 +25,40 @@ class Formatter(logging.Formatter):
         moment = datetime.fromtimestamp(record.created, UTC)
         letter = LETTERS.get(record.levelno, "I")
         if self._iso8601:
-            head = f"{moment.isoformat(timespec='microseconds').replace('+00:00', 'Z')} {letter}"
+            head = f"{_iso8601(moment)} {letter}"
         else:
             head = f"{letter}{moment:%m%d %H:%M:%S.%f}"
         line = f"{head} {record.name.removeprefix('penstock.')}] {record.getMessage()}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One object per line: `time`, `level`, `logger`, `message`, what the record says besides, and a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": _iso8601(datetime.fromtimestamp(record.created, UTC)),
+            "level": record.levelname.lower(),
+            "logger": record.name.removeprefix("penstock."),
+            "message": record.getMessage(),
+        }
+        entry |= getattr(record, "facts", {})
+        if job := getattr(record, "job", ""):
+            entry["job"] = job
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        # What a model or a client has said may be no text: half of a surrogate pair has no bytes.
+        return orjson.dumps({key: _text(value) for key, value in entry.items()}).decode()
+
+
+def _text(value: Any) -> Any:
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _iso8601(moment: datetime) -> str:
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def set_up(settings: Settings) -> None:
@@ -47,7 +78,8 @@ def make_handler(settings: Settings) -> logging.Handler:
             handler = logging.FileHandler(settings.log_file, encoding="utf-8")
         except OSError as error:
             raise ServingError(Kind.INVALID, f"--log-file cannot be written: {error}") from error
-    handler.setFormatter(Formatter(settings.log_format == "ISO8601"))
+    json = settings.log_format == "json"
+    handler.setFormatter(JsonFormatter() if json else Formatter(settings.log_format == "ISO8601"))
     shown = {
         logging.DEBUG: settings.log_verbose > 0,
         logging.INFO: settings.log_info,
@@ -55,5 +87,6 @@ def make_handler(settings: Settings) -> logging.Handler:
         logging.ERROR: settings.log_error,
         logging.CRITICAL: settings.log_error,
     }
-    handler.addFilter(lambda record: shown.get(record.levelno, True))
+    # The access log is asked for by itself.
+    handler.addFilter(lambda record: record.name == access.LOGGER or shown.get(record.levelno, True))
     return handler

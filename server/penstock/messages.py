@@ -49,6 +49,7 @@ class InferRequest:
     sequence: Sequence | None = None
     rows: int = 1  # of the batch axis; 1 for a model without one
     job: JobContext | None = None  # None unless the request is a job
+    empty_final: bool = False  # a stream shall be told that a request has ended without a last answer
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 """Prometheus text, rendered from `statistics` when it is scraped. What is Triton's has its name, type and labels."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -8,12 +10,15 @@ from penstock.cache import ResponseCache
 from penstock.engine import Engine
 from penstock.gpu_metrics import GpuMetrics
 from penstock.model import Model
-from penstock.statistics import Histogram, Histograms
+from penstock.process_metrics import ProcessMetrics
+from penstock.statistics import Duration, Histogram, Histograms, Recent, Statistics, Summaries
 
+LAST = ("le", "quantile")
 CONTENT_TYPE = "text/plain; charset=utf-8"
 
-Series: TypeAlias = tuple[str, dict[str, str], float]  # what is added to the family's name, further labels, value
+Series: TypeAlias = tuple[str, dict[str, str], float | str]  # what is added to the family's name, further labels, value
 Read: TypeAlias = Callable[[Model], list[Series]]
+Of: TypeAlias = Callable[[Model], bool]  # whether a model has a family
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,36 @@ def _histogram(
         return [*series, ("_sum", {}, histogram.total / unit), ("_count", {}, below)]
 
     return Family(name, "histogram", help, read, option)
+
+
+def _summary(
+    name: str, help: str, choose: Callable[[Summaries], Recent], total: Callable[[Statistics], Duration], of: Of
+) -> Family:
+    """A family of quantiles over the last minute, in microseconds, and the sum and count of all there ever was."""
+
+    def read(model: Model) -> list[Series]:
+        counts = model.statistics
+        if counts.summaries is None or not of(model):
+            return []
+        quantiles = counts.summaries.quantiles
+        values = choose(counts.summaries).at(quantiles, time.monotonic_ns())
+        series: list[Series] = [
+            ("", {"quantile": f"{quantile:g}"}, _number(value))
+            for quantile, value in zip(quantiles, values, strict=True)
+        ]
+        duration = total(counts)
+        return [*series, ("_sum", {}, duration.ns // 1000), ("_count", {}, duration.count)]
+
+    return Family(name, "summary", help, read, "summary_latencies")
+
+
+def _number(ns: float) -> float | str:
+    """Whole microseconds; Prometheus's word where there are none."""
+    return "NaN" if math.isnan(ns) else int(ns) // 1000
+
+
+def _any(_model: Model) -> bool:
+    return True
 
 
 SECOND = 1e9  # nanoseconds
@@ -135,6 +170,55 @@ FAMILIES = (
         lambda seen: seen.first_response,
         option="histogram_latencies",
     ),
+    _summary(
+        "nv_inference_request_summary_us",
+        "Summary of inference request duration in microseconds (includes cached requests)",
+        lambda kept: kept.request,
+        lambda counts: counts.success,
+        lambda model: not model.caches,
+    ),
+    _summary(
+        "nv_inference_queue_summary_us",
+        "Summary of inference queuing duration in microseconds (includes cached requests)",
+        lambda kept: kept.queue,
+        lambda counts: counts.queue,
+        _any,
+    ),
+    _summary(
+        "nv_inference_compute_input_summary_us",
+        "Cumulative compute input duration in microseconds (does not include cached requests)",
+        lambda kept: kept.compute_input,
+        lambda counts: counts.compute_input,
+        _any,
+    ),
+    _summary(
+        "nv_inference_compute_infer_summary_us",
+        "Cumulative compute inference duration in microseconds (does not include cached requests)",
+        lambda kept: kept.compute_infer,
+        lambda counts: counts.compute_infer,
+        _any,
+    ),
+    _summary(
+        "nv_inference_compute_output_summary_us",
+        "Cumulative inference compute output duration in microseconds (does not include cached requests)",
+        lambda kept: kept.compute_output,
+        lambda counts: counts.compute_output,
+        _any,
+    ),
+    _summary(
+        "nv_cache_hit_summary_per_model",
+        "Summary of cache hit counts/durations per model, in microseconds.",
+        lambda kept: kept.cache_hit,
+        lambda counts: counts.cache_hit,
+        lambda model: model.caches,
+    ),
+    _summary(
+        "nv_cache_miss_summary_per_model",
+        "Summary of cache miss counts/durations per model, in microseconds.",
+        lambda kept: kept.cache_miss,
+        lambda counts: counts.cache_miss,
+        lambda model: model.caches,
+    ),
     Family(
         "nv_cache_num_hits_per_model",
         "counter",
@@ -177,6 +261,18 @@ FAMILIES = (
         "Number of batches that left the dynamic batcher, by the reason why each did",
         _departures,
     ),
+    Family(
+        "penstock_model_memory_bytes",
+        "gauge",
+        "Main memory of a version's own processes",
+        lambda model: [("", {}, memory_bytes)] if (memory_bytes := model.memory_bytes) else [],
+    ),
+    _histogram(
+        "penstock_batch_wait_seconds",
+        "How long an instance was free before an execution while a request waited: what a fuller batch cost",
+        lambda seen: seen.gathered,
+        SECOND,
+    ),
     _histogram("penstock_batch_rows", "Rows of each execution", lambda seen: seen.rows),
     _histogram(
         "penstock_request_seconds",
@@ -211,18 +307,13 @@ FAMILIES = (
 )
 
 
-def render(engine: Engine, gpus: GpuMetrics | None = None) -> bytes:
-    """Every metric that has a series, in Prometheus' text format."""
+def render(engine: Engine, process: ProcessMetrics | None = None, gpus: GpuMetrics | None = None) -> bytes:
+    """Every metric that has a series, in Prometheus' text format; with those of process and GPUs where given."""
     kept = engine.lifecycle.cache
     shown = engine.settings.metrics_options()
     families = [family for family in FAMILIES if not family.option or shown[family.option]]
-    return "".join(
-        (
-            *_lines(families, engine.lifecycle.models()),
-            *(_cache_lines(kept) if kept else ()),
-            gpus.render() if gpus else "",
-        )
-    ).encode()
+    lines = (*_lines(families, engine.lifecycle.models()), *(_cache_lines(kept) if kept is not None else ()))
+    return "".join((*lines, process.render() if process else "", gpus.render() if gpus else "")).encode()
 
 
 CACHE_GAUGES: tuple[tuple[str, str, Callable[[ResponseCache], float]], ...] = (
@@ -258,9 +349,10 @@ def _lines(families: list[Family], models: list[Model]) -> Iterator[str]:
 
 
 def _labels(model: Model, further: dict[str, str]) -> str:
-    """In alphabetical order, the bound of a bucket last."""
-    pairs = {"model": model.name, "version": model.version, **further}
-    return ",".join(f'{key}="{_escape(pairs[key])}"' for key in sorted(pairs, key=lambda key: (key == "le", key)))
+    """In alphabetical order, the bound of a bucket or a quantile last."""
+    tags = {f"_{key}": value for key, value in model.config.metric_tags.items()}
+    pairs = {**tags, "model": model.name, "version": model.version, **further}
+    return ",".join(f'{key}="{_escape(pairs[key])}"' for key in sorted(pairs, key=lambda key: (key in LAST, key)))
 
 
 def _escape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from penstock.model_config import RateLimit, Signature, TensorSpec
 from penstock.queueing import Fifo, Pending, Scheduler
 from penstock.rate import RateLimiter
 from penstock.replies import InOrder, Whole
-from penstock.runtime import Instance, ModelFiles
-from penstock.statistics import Execution, Statistics
+from penstock.runtime import Instance, Measured, ModelFiles
+from penstock.statistics import FIRST_RESPONSE_MS, Execution, Histogram, Outcome, Statistics
 from penstock.tensor import BYTES, Tensor, objects
 
 logger = logging.getLogger(__name__)
 
+FIRST_RESPONSE = "nv_inference_first_response_histogram_ms"  # the family whose buckets a model may choose
 FIRST_RUN_LIMIT_NS = 20_000_000  # a model that takes longer for one row of nothing is not asked again
 INLINE_CALLS = 8  # that may run one after the other, each for INLINE_LIMIT_NS, on the thread that brings a request
 INLINE_CONCURRENCY = 64  # requests to have at hand where bringing one takes longer than running it
@@ -74,6 +76,7 @@ class Model:
         self.batching = model_config.batch_policy(loaded.config)
         self.statistics = Statistics()
         self._lose_device = lose_device
+        self.statistics.histograms.first_response = Histogram(first_response_buckets(loaded.config))
         self._cache = response_cache if loaded.config.response_cache.enable else None
         # A version that is loaded anew may answer otherwise, and so may one whose members are.
         self._fingerprint = cache.fingerprint(loaded.config, self.version) + next(_loads).to_bytes(8)
@@ -91,6 +94,7 @@ class Model:
             limiter if loaded.config.instance_group else None,  # an ensemble has no group, its members have
             _limits(loaded.config) if limiter else (),
             self._shaped,
+            self._responded if self.decoupled else None,
         )
         self._crew.allow_inline(inline_bytes)
         if self.members and self.calls <= INLINE_CALLS:
@@ -136,6 +140,11 @@ class Model:
     def running(self) -> int:
         """How many requests an instance has, or has taken."""
         return self._crew.running
+
+    @property
+    def memory_bytes(self) -> int:
+        """Main memory that is this version's alone, as far as its instances can tell; 0 where none can."""
+        return sum(instance.memory_bytes() for instance in self._instances if isinstance(instance, Measured))
 
     @property
     def draining(self) -> bool:
@@ -308,6 +317,14 @@ class Model:
         self._count_failure(reason, time.monotonic_ns() - pending.arrived_ns, "REJECTED")
         _send(pending, reason)
 
+    def _responded(self, place: int, result: InferResponse | ServingError, infer_ns: int) -> None:
+        outcome: Outcome = "success"
+        if isinstance(result, ServingError):
+            outcome = "cancel" if result.kind is Kind.CANCELLED else "fail"
+        elif not result.outputs:
+            outcome = "empty_response"
+        self.statistics.responded(place, infer_ns, outcome)
+
     def _count_failure(self, error: ServingError, ns: int, otherwise: str) -> None:
         gone = error.kind in (Kind.CANCELLED, Kind.DEADLINE)  # the client has cancelled, or waits no longer
         self.statistics.failed("CANCELED" if gone else otherwise, ns)
@@ -317,6 +334,18 @@ def _limits(config: pb.ModelConfig) -> list[RateLimit]:
     """Of each instance, in the order in which they were opened."""
     groups = [group for group in model_config.instance_groups(config) if not group.passive]
     return [group.rate_limit for group in groups for _ in range(group.count * max(1, len(group.gpus)))]
+
+
+def first_response_buckets(config: pb.ModelConfig) -> tuple[float, ...]:
+    """Milliseconds: the model's own, or Triton's."""
+    chosen: tuple[float, ...] = FIRST_RESPONSE_MS
+    for control in config.model_metrics.metric_control:
+        family = control.metric_identifier.family
+        if family == FIRST_RESPONSE:
+            chosen = tuple(sorted(filter(math.isfinite, set(control.histogram_options.buckets))))
+        else:
+            logger.warning("model '%s': model_metrics of '%s' changes nothing: no such family can", config.name, family)
+    return chosen
 
 
 def _send(pending: Pending, answer: InferResponse | ServingError) -> None:

@@ -11,14 +11,13 @@ import numpy.typing as npt
 import orjson
 
 from penstock import json_numbers, json_text, messages
-from penstock.admission import MAX_SIZE, Given, admit
+from penstock.admission import MAX_SIZE, Given, admit, check_count, check_rank, check_sequence_id
 from penstock.errors import Kind, ServingError
 from penstock.json_numbers import UnusualError
 from penstock.messages import InferRequest, InferResponse, Parameter, RequestedOutput
 from penstock.model_config import Signature
 from penstock.tensor import BF16, BOOL, BYTES, DATATYPES, Array, Datatype, Tensor, count, objects, pack, show
 
-SEQUENCE_ID_LIMIT = 128  # bytes of a sequence id that is a string
 UINT64 = DATATYPES["UINT64"]
 UINT64_END = 2**64
 EMPTY = memoryview(b"")
@@ -114,10 +113,7 @@ def read(
     if "parameters" in members:
         _parameters(members["parameters"], decoded)
     inputs = _member(members, "inputs", list, "array")
-    if len(inputs) > limits.tensors:
-        raise _invalid(
-            f"request has {len(inputs)} inputs, the limit is {limits.tensors}. Use --max-tensors to increase it."
-        )
+    check_count(len(inputs), limits.tensors)
     decoded.given, offset = _inputs(inputs, model, view, json_bytes, limits, arrays)
     if offset < len(view):
         raise _invalid(f"unexpected additional input data for model '{model}'")
@@ -211,10 +207,7 @@ def _sequence_id(value: Any) -> int | str:
     if type(value) is int and value >= 0:
         return value
     text: str = _typed(value, str, "sequence_id", "string")
-    if len(text.encode()) > SEQUENCE_ID_LIMIT:
-        raise ServingError(
-            Kind.UNSUPPORTED, f"string correlation ID cannot be longer than {SEQUENCE_ID_LIMIT} characters"
-        )
+    check_sequence_id(text)
     return text
 
 
@@ -268,11 +261,7 @@ def _sources(members: dict[str, Any], parameters: dict[str, Any]) -> ServingErro
 
 
 def _shape(name: str, shape: list[Any], limit: int) -> list[int]:
-    if len(shape) > limit:
-        raise _invalid(
-            f"invalid shape for input '{name}': it has {len(shape)} dimensions, the limit is {limit}. "
-            "Use --max-rank to increase it."
-        )
+    check_rank(name, len(shape), limit)
     for dim in shape:
         _unsigned(dim, "shape")
     if max(shape, default=0) > MAX_SIZE:

@@ -62,6 +62,8 @@ def _sources(root: Path, config_name: str) -> Iterator[ModelSource]:
                 "or a folder",
             )
         return
+    if not root.is_dir():
+        raise ServingError(Kind.INVALID, f"'{root}' is no model repository: it is neither a file nor a folder")
     if _has_handler(root) or (_is_model(root) and not any(_is_model(path) for path in _subdirectories(root))):
         yield _tree_model(root, config_name)
         return
@@ -132,7 +134,8 @@ def read_labels(directory: Path, filename: str, output: str, model: str) -> tupl
             f"label file path '{filename}' for output '{output}' in model '{model}' is outside model directory",
         )
     try:
-        return tuple(path.read_text(encoding="utf-8").splitlines())
+        lines = path.read_bytes().decode().split("\n")  # nowhere else: a label may hold what Unicode ends lines by
+        return tuple(line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1]))
     except (OSError, UnicodeDecodeError) as error:
         raise ServingError(
             Kind.INVALID, f"label file '{filename}' for output '{output}' in model '{model}' cannot be read: {error}"

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from penstock import pb
 from penstock.errors import Kind, ServingError
@@ -105,7 +105,8 @@ class Credit(Protocol):
 class Reply(Protocol):
     """Takes an answer to one request, on any thread.
 
-    `final` ends the request: nothing may follow. `partial` marks progress, which is no answer of its own.
+    `final` ends the request: nothing may follow. `partial` marks progress, which is no answer of its own. A final
+    response without outputs ends a decoupled model's answers, and is none itself.
     """
 
     def __call__(self, result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit: ...
@@ -205,6 +206,14 @@ class Instance(Protocol):
         """Whether requests come through `start`, one by one, instead of `execute`."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An instance that knows what memory is its own, such as one with a process of its own."""
+
+    def memory_bytes(self) -> int:
+        """Bytes of main memory; 0 where there is none at the moment."""
 
 
 class Runtime(Protocol):

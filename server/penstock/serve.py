@@ -130,6 +130,7 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
 
     await stopping
     started_s = time.monotonic()
+    door.stopping.set()
     finished = await _stop_doors(doors, serving, jobs, settings.exit_timeout_secs)
     if jobs is not None:
         await jobs.close()

@@ -106,9 +106,14 @@ class Settings:
         "", "print one line on standard output when ready, naming the ports", "listening"
     )
     allow_gpu_metrics: bool = _option(True, "tell the GPUs' memory, load and power too, where NVML does", "listening")
+    allow_cpu_metrics: bool = _option(True, "tell the machine's CPU and memory use with the metrics", "listening")
+    metrics_interval_ms: int = _option(
+        2000, "how old what the metrics tell of the machine may be", "listening", metavar="MS"
+    )
     metrics_config: tuple[str, ...] = _option(
         (), "counter_latencies=false leaves Triton's cumulative durations out of the metrics, histogram_latencies=true "
-        "adds its histogram of first responses", "listening", metavar="NAME=BOOL",
+        "adds its histogram of first responses, summary_latencies=true its quantiles over the last minute, which "
+        "summary_quantiles=0.5:0.05,0.99:0.001 chooses", "listening", metavar="NAME=VALUE", separator=";",
     )  # fmt: skip
     exit_timeout_secs: int = _option(
         30, "how long accepted requests may take to finish once the server is told to stop", "listening", metavar="S"
@@ -245,7 +250,13 @@ class Settings:
     log_info: bool = _option(True, "log what the server does", "server")
     log_warning: bool = _option(True, "log warnings", "server")
     log_error: bool = _option(True, "log errors", "server")
-    log_format: Literal["default", "ISO8601"] = _option("default", "how log lines begin", "server")
+    log_format: Literal["default", "ISO8601", "json"] = _option(
+        "default", "how log lines begin, for people to read; json writes one object per line, for programs", "server"
+    )
+    access_log: bool = _option(
+        False, "log a line for each request that was answered: who asked for what, its status, time, bytes and id",
+        "server",
+    )  # fmt: skip
     log_file: str = _option("", "write the log to this file instead of standard error", "server", metavar="PATH")
 
     def address(self, door: Literal["http", "grpc", "metrics"]) -> tuple[str, int]:
@@ -285,11 +296,38 @@ class Settings:
         chosen = dict(METRICS_OPTIONS)
         for entry in self.metrics_config:
             name, _, value = entry.partition("=")
+            if name == QUANTILES:
+                continue
             if name not in METRICS_OPTIONS or value.lower() not in BOOLS:
                 known = ", ".join(f"{option}=true|false" for option in METRICS_OPTIONS)
-                raise ServingError(Kind.INVALID, f"--metrics-config expects one of {known}, got '{entry}'")
+                raise ServingError(
+                    Kind.INVALID, f"--metrics-config expects one of {known}, {QUANTILES}=Q:ERROR,..., got '{entry}'"
+                )
             chosen[name] = BOOLS[value.lower()]
         return chosen
+
+    def summary_quantiles(self) -> tuple[float, ...]:
+        """The quantiles of summaries. Ours are exact, so the error that may stand with each is only checked.
+
+        Raises ServingError(INVALID).
+        """
+        quantiles: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99, 0.999)
+        for entry in self.metrics_config:
+            name, _, value = entry.partition("=")
+            if name != QUANTILES:
+                continue
+            try:
+                pairs = [(float(quantile), float(error or 0)) for quantile, _, error in (
+                    part.partition(":") for part in value.strip('"').split(",")
+                )]  # fmt: skip
+            except ValueError:
+                pairs = []
+            if not pairs or not all(0 <= number <= 1 for pair in pairs for number in pair):
+                raise ServingError(
+                    Kind.INVALID, f"--metrics-config {QUANTILES} expects QUANTILE:ERROR,... from 0 to 1, got '{value}'"
+                )
+            quantiles = tuple(quantile for quantile, _ in pairs)
+        return quantiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +373,8 @@ class Option:
         return text
 
 
-METRICS_OPTIONS = {"counter_latencies": True, "histogram_latencies": False}
+METRICS_OPTIONS = {"counter_latencies": True, "histogram_latencies": False, "summary_latencies": False}
+QUANTILES = "summary_quantiles"
 BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
@@ -439,7 +478,13 @@ def _check(settings: Settings) -> None:
             raise ServingError(
                 Kind.INVALID, f"{OPTIONS[name].flag} expects a positive number, got {getattr(settings, name)}"
             )
-    for name in ("exit_timeout_secs", "default_max_batch_size", "log_verbose", "job_queue_limit"):
+    for name in (
+        "exit_timeout_secs",
+        "metrics_interval_ms",
+        "default_max_batch_size",
+        "log_verbose",
+        "job_queue_limit",
+    ):
         if getattr(settings, name) < 0:
             raise ServingError(
                 Kind.INVALID, f"{OPTIONS[name].flag} must not be negative, got {getattr(settings, name)}"
@@ -457,6 +502,7 @@ def _check(settings: Settings) -> None:
     settings.runtime_settings("")  # raises what is wrong with an entry
     settings.cache_bytes()
     settings.metrics_options()
+    settings.summary_quantiles()
     if settings.load_model and settings.model_control_mode != "explicit":
         raise ServingError(Kind.INVALID, "--load-model needs --model-control-mode explicit")
     if "*" in settings.load_model and len(settings.load_model) > 1:

@@ -1,10 +1,13 @@
 """The only counters: per version of a model, in nanoseconds and counts. Everything that shows numbers reads these."""
 
+import math
 import threading
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 
 @dataclass(slots=True)
@@ -29,6 +32,21 @@ class BatchStatistics:
 
 
 @dataclass(slots=True)
+class ResponseStatistics:
+    """The responses of one place in the order in which a decoupled model gives them. Times are nanoseconds."""
+
+    compute_infer: Duration = field(default_factory=Duration)  # since the response before, or since the start
+    compute_output: Duration = field(default_factory=Duration)
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    empty_response: Duration = field(default_factory=Duration)  # ends of requests that were no answer
+    cancel: Duration = field(default_factory=Duration)
+
+
+Outcome: TypeAlias = Literal["success", "fail", "empty_response", "cancel"]
+
+
+@dataclass(slots=True)
 class Execution:
     """When one batch went through its instance; monotonic nanoseconds."""
 
@@ -36,12 +54,15 @@ class Execution:
     inputs_ready_ns: int
     outputs_came_ns: int
     ended_ns: int
+    gathered_ns: int = 0  # how long before that an instance was free and a request was there: what a fuller batch cost
 
 
 MS = 1_000_000
 # Bounds of the histograms of time: from what an inline model takes to what a client waits for.
 TIMES_NS = tuple(int(ms * MS) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000))
 FIRST_RESPONSE_MS = (100, 500, 2000, 5000)  # Triton's
+RECENT_NS = 60_000 * MS
+MOST_RECENT = 8192
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -50,7 +71,7 @@ class Histogram:
 
     __slots__ = ("bounds", "counts", "total")
 
-    def __init__(self, bounds: Sequence[int]) -> None:
+    def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)  # ascending
         self.counts = [0] * (len(bounds) + 1)  # the last is of values beyond all bounds
         self.total = 0  # the sum of all values
@@ -58,6 +79,39 @@ class Histogram:
     def add(self, value: int, times: int = 1) -> None:
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
+
+
+class Recent:
+    """The newest values, of which quantiles are told: of the last minute, and not more than a number of them."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self) -> None:
+        self._values: deque[tuple[int, int]] = deque(maxlen=MOST_RECENT)
+
+    def add(self, value: int, now_ns: int) -> None:
+        self._values.append((now_ns, value))
+
+    def at(self, quantiles: Sequence[float], now_ns: int) -> list[float]:
+        """The value at each quantile; NaN where there is none."""
+        ordered = sorted(value for then_ns, value in self._values if now_ns - then_ns <= RECENT_NS)
+        if not ordered:
+            return [math.nan] * len(quantiles)
+        return [ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] for quantile in quantiles]
+
+
+@dataclass(slots=True)
+class Summaries:
+    """Of single requests, in nanoseconds. Kept only where they are asked for."""
+
+    quantiles: tuple[float, ...]
+    request: Recent = field(default_factory=Recent)
+    queue: Recent = field(default_factory=Recent)
+    compute_input: Recent = field(default_factory=Recent)
+    compute_infer: Recent = field(default_factory=Recent)
+    compute_output: Recent = field(default_factory=Recent)
+    cache_hit: Recent = field(default_factory=Recent)
+    cache_miss: Recent = field(default_factory=Recent)  # looking up
 
 
 @dataclass(slots=True)
@@ -69,6 +123,7 @@ class Histograms:
     compute_input: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
     compute_infer: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
     compute_output: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
+    gathered: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))  # of executions
     rows: Histogram = field(default_factory=lambda: Histogram(ROWS))
     first_response: Histogram = field(default_factory=lambda: Histogram(FIRST_RESPONSE_MS))  # whole milliseconds
 
@@ -89,9 +144,11 @@ class Statistics:
     cache_hit: Duration = field(default_factory=Duration)
     cache_miss: Duration = field(default_factory=Duration)  # looking up, and keeping the answer
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
+    responses: dict[int, ResponseStatistics] = field(default_factory=dict)  # of a decoupled model, by place
     failures: dict[str, int] = field(default_factory=lambda: {"REJECTED": 0, "CANCELED": 0, "BACKEND": 0, "OTHER": 0})
     departures: dict[str, int] = field(default_factory=dict)  # of batches, by reason; written by the scheduler
     histograms: Histograms = field(default_factory=Histograms)
+    summaries: Summaries | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def executed(self, arrivals_ns: Sequence[int], rows: int, times: Execution) -> None:
@@ -116,6 +173,7 @@ class Statistics:
             batch.compute_infer.add(compute_infer)
             batch.compute_output.add(compute_output)
             seen.rows.add(rows)
+            seen.gathered.add(times.gathered_ns)
             if not number:
                 return
             arrived = sum(arrivals_ns)
@@ -141,6 +199,13 @@ class Statistics:
                     histogram.counts[bisect_left(TIMES_NS, until_ns - arrived_ns)] += 1
             for arrived_ns in arrivals_ns:
                 seen.first_response.add((times.ended_ns - arrived_ns) // MS)
+            if self.summaries is not None:
+                for arrived_ns in arrivals_ns:
+                    self.summaries.request.add(times.ended_ns - arrived_ns, times.ended_ns)
+                    self.summaries.queue.add(times.started_ns - arrived_ns, times.ended_ns)
+                    self.summaries.compute_input.add(compute_input, times.ended_ns)
+                    self.summaries.compute_infer.add(compute_infer, times.ended_ns)
+                    self.summaries.compute_output.add(compute_output, times.ended_ns)
 
     def hit(self, lookup_ns: int, queue_ns: int) -> None:
         """Count a request that the cache answered: how long that took, and how long it had been there before."""
@@ -151,12 +216,33 @@ class Statistics:
             self.histograms.request.add(queue_ns + lookup_ns)
             self.histograms.first_response.add((queue_ns + lookup_ns) // MS)
             self.histograms.queue.add(queue_ns)
+            if self.summaries is not None:
+                now_ns = time.monotonic_ns()
+                self.summaries.request.add(queue_ns + lookup_ns, now_ns)
+                self.summaries.queue.add(queue_ns, now_ns)
+                self.summaries.cache_hit.add(lookup_ns, now_ns)
 
     def missed(self, lookup_ns: int, insertion_ns: int) -> None:
         """Count a look-up in vain, or the time to keep the answer, which adds to that of its request."""
         with self.lock:
             self.cache_miss.add(lookup_ns + insertion_ns, count=0 if insertion_ns else 1)
             self.success.add(insertion_ns, count=0)
+            if self.summaries is not None and not insertion_ns:
+                self.summaries.cache_miss.add(lookup_ns, time.monotonic_ns())
+
+    def responded(self, place: int, infer_ns: int, outcome: Outcome) -> None:
+        """Count a response of a decoupled model: its place, how long after the one before, what it was.
+
+        Its tensors are handed over as they are, so compute_output takes no time.
+        """
+        with self.lock:
+            counts = self.responses.setdefault(place, ResponseStatistics())
+            if outcome != "cancel":
+                counts.compute_infer.add(infer_ns)
+            if outcome == "success":
+                counts.compute_output.add(0)
+            duration: Duration = getattr(counts, outcome)
+            duration.add(infer_ns)
 
     def failed(self, reason: str, ns: int) -> None:
         """Count a request that failed: why (`REJECTED`, `CANCELED`, `BACKEND`, `OTHER`), after how long."""

@@ -55,6 +55,10 @@ class Answers:
             self._changed.notify_all()
         return PLENTY
 
+    def wait_ended(self) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.ended > 0, LIMIT_S), "no final answer came"
+
     def one(self) -> Result:
         """The only answer, once it has come."""
         with self._changed:

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import socket
 import struct
 import threading
 import time
@@ -24,7 +25,8 @@ from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api import METHODS, STATUS, Call, Door, Status, Stream, Unary
 from penstock.grpc_api.bodies import Encoded
-from penstock.grpc_api.grpcio_transport import CODES, STOPPING, GrpcioServer
+from penstock.grpc_api.calls import STOPPING
+from penstock.grpc_api.grpcio_transport import CODES, GrpcioServer
 from penstock.grpc_api.http2 import NativeServer
 from penstock.grpc_api.methods import SERVICE, control_row, fields
 from penstock.lifecycle import Lifecycle
@@ -171,8 +173,11 @@ Transport: TypeAlias = type[GrpcioServer] | type[NativeServer]
 class Served:
     """A server on a loopback port, and a channel to it."""
 
-    def __init__(self, shelf: Shelf, server: GrpcioServer | NativeServer, port: int, channel: grpc.aio.Channel) -> None:
+    def __init__(
+        self, shelf: Shelf, door: Door, server: GrpcioServer | NativeServer, port: int, channel: grpc.aio.Channel
+    ) -> None:
         self.shelf = shelf
+        self.door = door
         self.server = server
         self.url = f"127.0.0.1:{port}"
         self.channel = channel
@@ -211,11 +216,12 @@ async def serve_on(
     settings = Settings(**options)
     engine = Engine(settings)
     engine.lifecycle = shelf = Shelf(settings, models)
-    server = transport(Door(engine, guard), settings)
+    door = Door(engine, guard)
+    server = transport(door, settings)
     port = await server.start(("127.0.0.1", 0))
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(shelf, server, port, channel)
+            yield Served(shelf, door, server, port, channel)
     finally:
         await server.stop(0)
         shelf.stop(0)
@@ -485,18 +491,6 @@ def test_an_unknown_method_is_unimplemented(serve: Serve, path: str) -> None:
     run(test)
 
 
-def test_streaming_inference_says_that_it_is_not_supported(serve: Serve) -> None:
-    async def test() -> None:
-        async with serve() as served:
-            stream = served.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", same, same)(iter([b""]))
-            assert await refusal(stream.read()) == (
-                grpc.StatusCode.UNIMPLEMENTED,
-                "ModelStreamInfer is not supported by this server; use ModelInfer",
-            )
-
-    run(test)
-
-
 # -- clients that go away
 
 
@@ -542,6 +536,28 @@ async def until(holds: Callable[[], bool]) -> None:
     """Give the loop its turns until something on it has come about."""
     while not holds():  # noqa: ASYNC110 - what is waited for has no event, and the test as a whole has a limit
         await asyncio.sleep(0)
+
+
+# -- the port
+
+
+def test_grpcio_s_server_tries_again_where_its_port_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        settings = Settings()
+        made = GrpcioServer(Door(Engine(settings)), settings)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            again = asyncio.create_task(made._listen_again("127.0.0.1", port))
+            await until(lambda: "gRPC is not served: cannot listen for gRPC on" in caplog.text)
+        server = await again
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                live = channel.unary_unary(f"/{SERVICE}/ServerLive", same, same)
+                assert pb.ServerLiveResponse.FromString(await live(b"")) == pb.ServerLiveResponse(live=False)
+        finally:
+            await server.stop(None)
+
+    run(test)
 
 
 # -- metadata

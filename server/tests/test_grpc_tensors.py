@@ -269,11 +269,11 @@ UNSIGNED, REAL = Parameter(uint64_param=5), Parameter(double_param=0.5)
         ),
         (
             lambda message: message.inputs.extend([Input()] * 4),
-            "a request may have 4 input tensors (--max-tensors), got 5",
+            "request has 5 inputs, the limit is 4. Use --max-tensors to increase it.",
         ),
         (
             lambda message: message.inputs[0].shape.extend([1] * 3),
-            "input 'A' may have 3 dimensions (--max-rank), got 4",
+            "invalid shape for input 'A': it has 4 dimensions, the limit is 3. Use --max-rank to increase it.",
         ),
     ],
 )

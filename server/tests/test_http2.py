@@ -741,6 +741,24 @@ def test_a_stream_that_takes_nothing_stops_its_client_at_the_window() -> None:
     run(test)
 
 
+def test_a_stream_that_takes_nothing_stops_its_client_also_between_messages_longer_than_the_window() -> None:
+    async def test() -> None:
+        client = Client().open(INITIAL_WINDOW_SIZE=0)
+        client.send(UPDATE(0, 2**30) + headers(1, CHAT))
+        got: list[Frame] = []
+        endless = message(bytes(2 * WINDOW)) * 8
+        sent = before = 0
+        while sent < len(endless):
+            before, sent = sent, min(len(endless), WINDOW + granted(got, 1), sent + MAX_FRAME)
+            if sent == before:
+                break
+            got += client.send(data(1, endless[before:sent], end=False))
+            await asyncio.sleep(0)
+        assert sent <= 3 * (2 * WINDOW + 5), "the one that was taken, one that waits, and one on its way"
+
+    run(test)
+
+
 def test_a_stream_s_faults_are_its_own() -> None:
     async def test() -> None:
         client = Client(grpc_max_message_size=100).open()

@@ -471,6 +471,9 @@ def test_a_stream_must_be_whole(data: bytes) -> None:
         (b"gzip;q=0", b"identity"),
         (b"gzip;q=x, deflate;q=0.1", b"deflate"),
         (b"br, *", b"identity"),
+        (b"gzip; q=1.0", b"gzip"),
+        (b"gzip ;q=0.2\t, deflate ; Q=0.9", b"deflate"),
+        (b"gzip; q=0", b"identity"),
     ],
 )
 def test_the_coding_is_the_one_that_weighs_most(accepted: bytes, coding_chosen: bytes) -> None:

@@ -1,5 +1,6 @@
 """Log lines begin as Triton's do, and each level can be switched off by itself."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from penstock.access import LOGGER
 from penstock.errors import Kind, ServingError
-from penstock.logs import Formatter, make_handler
+from penstock.logs import Formatter, JsonFormatter, make_handler
 from penstock.settings import Settings
 
 
@@ -86,6 +88,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 SCRIPT = """
+import json
 import logging
 from penstock import logs
 from penstock.settings import Settings
@@ -104,3 +107,39 @@ def test_a_process_logs_itself_before_its_libraries(verbose: int, ours: str, lib
     ).stderr.splitlines()
     for name, letters in (("engine", ours), ("penstock_runtimes.onnx", ours), ("library", libraries)):
         assert "".join(line[0] for line in lines if f" {name}] " in line) == letters
+
+
+def test_json_is_one_object_per_line_whatever_was_said() -> None:
+    made = record(message="a\n%s \ud800")
+    made.job = "j1"
+    line = JsonFormatter().format(made)
+    assert json.loads(line) == {
+        "time": "2023-11-14T22:13:20.123456Z",
+        "level": "info",
+        "logger": "lifecycle",
+        "message": "a\nyou \\ud800",
+        "job": "j1",
+    }
+    assert "\n" not in line
+
+
+def test_json_holds_the_traceback() -> None:
+    try:
+        raise RuntimeError("no luck")
+    except RuntimeError as error:
+        made = record(logging.ERROR)
+        made.exc_info = (RuntimeError, error, error.__traceback__)
+    entry = json.loads(JsonFormatter().format(made))
+    assert entry["level"] == "error"
+    assert entry["traceback"].endswith("RuntimeError: no luck")
+
+
+def test_the_setting_chooses_json() -> None:
+    with handler(Settings(log_format="json")) as made:
+        assert json.loads(made.format(record()))["message"] == "hello you"
+
+
+def test_the_access_log_is_written_where_what_the_server_does_is_not() -> None:
+    with handler(Settings(log_info=False)) as made:
+        assert not made.filter(record())
+        assert made.filter(record(name=LOGGER))

@@ -2,11 +2,15 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
+import pytest
+from penstock import control
 from penstock.batching import DEPARTURES
 from penstock.engine import Engine
-from penstock.metrics import FAMILIES, render
+from penstock.metrics import CACHE_GAUGES, FAMILIES, render
+from penstock.process_metrics import ProcessMetrics
 from penstock.settings import Settings
 from penstock.statistics import Execution
 
@@ -25,6 +29,7 @@ NAMES = [
     "nv_inference_pending_request_count",
     "nv_model_load_duration_secs",
     "penstock_running_requests",
+    "penstock_batch_wait_seconds",
     "penstock_batch_rows",
     "penstock_request_seconds",
     "penstock_queue_seconds",
@@ -99,17 +104,106 @@ def test_families_can_be_switched(tmp_path: Path) -> None:
     assert prefix % ("sum", "", "600.0") in text
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
-    board = json.loads((Path(__file__).parents[1] / "docs" / "grafana.json").read_text())
-    asked = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
-    assert len(asked) >= 10
-    known = {family.name for family in FAMILIES} | {
-        f"{family.name}{suffix}"
-        for family in FAMILIES
-        if family.type == "histogram"
-        for suffix in ("_bucket", "_sum", "_count")
+def test_summaries_are_told_where_they_are_asked_for(tmp_path: Path) -> None:
+    made = engine(tmp_path, "a", metrics_config=("summary_latencies=true", "summary_quantiles=0.5:0.05,0.9:0.01"))
+    counts = made.model("a").statistics
+    empty = render(made).decode()
+    now_ns = time.monotonic_ns()
+    for us in range(1, 101):
+        counts.executed([now_ns - us * 1000], 1, Execution(now_ns, now_ns, now_ns + 7000, now_ns + 7000))
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    assert 'nv_inference_queue_summary_us{model="a",version="1",quantile="0.5"} NaN\n' in empty
+    assert "# TYPE nv_inference_queue_summary_us summary\n" in text
+    for quantile, us in (("0.5", 51), ("0.9", 91)):
+        assert f'nv_inference_queue_summary_us{{model="a",version="1",quantile="{quantile}"}} {us}\n' in text
+        assert f'nv_inference_request_summary_us{{model="a",version="1",quantile="{quantile}"}} {us + 7}\n' in text
+        assert f'nv_inference_compute_infer_summary_us{{model="a",version="1",quantile="{quantile}"}} 7\n' in text
+    assert 'nv_inference_queue_summary_us_sum{model="a",version="1"} 5050\n' in text
+    assert 'nv_inference_queue_summary_us_count{model="a",version="1"} 100\n' in text
+    assert "nv_cache_hit_summary_per_model" not in text
+
+
+def test_the_statistics_extension_and_the_metrics_tell_the_same(tmp_path: Path) -> None:
+    made = engine(tmp_path, "a")
+    served = made.model("a")
+    for _ in range(3):
+        made.submit(served, request(), answers := Answers())
+        answers.one()
+    served.statistics.failed("CANCELED", 5_000)
+    [told] = control.model_statistics(made, {})["model_stats"]
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    found = {
+        name: float(value) for name, value in re.findall(r'^(\w+)\{model="a",version="1"\} (\S+)$', text, re.MULTILINE)
     }
-    assert {name for text in asked for name in re.findall(r"(?:nv|penstock)_\w+", text)} <= known
+    counted = told["inference_stats"]
+    assert found["nv_inference_request_success"] == counted["success"]["count"] == 3
+    assert found["nv_inference_count"] == told["inference_count"]
+    assert found["nv_inference_exec_count"] == told["execution_count"]
+    for phase, name in (
+        ("success", "request"),
+        ("queue", "queue"),
+        ("compute_input", "compute_input"),
+        ("compute_infer", "compute_infer"),
+        ("compute_output", "compute_output"),
+    ):
+        assert found[f"nv_inference_{name}_duration_us"] == counted[phase]["ns"] // 1000
+        assert found[f"penstock_{name}_seconds_sum"] == pytest.approx(counted[phase]["ns"] / 1e9)
+        assert found[f"penstock_{name}_seconds_count"] == counted[phase]["count"]
+    assert found["penstock_batch_rows_sum"] == told["inference_count"]
+    assert found["penstock_batch_rows_count"] == found["penstock_batch_wait_seconds_count"] == told["execution_count"]
+    failures = re.findall(r"^nv_inference_request_failure\{.*\} (\d+)$", text, re.MULTILINE)
+    assert sum(map(int, failures)) == counted["fail"]["count"] == 1
+
+
+def configured(root: Path, name: str, text: str) -> None:
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "1" / "model.txt").write_text("scale 1")
+    (root / name / "config.pbtxt").write_text(f'backend: "fake" default_model_filename: "model.txt" {text}')
+
+
+def test_a_models_tags_are_labels_and_its_buckets_its_own(tmp_path: Path) -> None:
+    options = "histogram_options { buckets: [ 8, 0.5 ] }"
+    configured(
+        tmp_path,
+        "tagged",
+        'metric_tags { key: "team" value: "north" } model_metrics { metric_control { metric_identifier '
+        f'{{ family: "nv_inference_first_response_histogram_ms" }} {options} }} }}',
+    )
+    made = engine(tmp_path, metrics_config=("histogram_latencies=true",))
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    assert 'nv_inference_count{_team="north",model="tagged",version="1"} 0\n' in text
+    bounds = re.findall(
+        r'first_response_histogram_ms_bucket\{_team="north",model="tagged",version="1",le="(.*)"\}', text
+    )
+    assert bounds == ["0.5", "8", "+Inf"]
+
+
+BOARD = json.loads((Path(__file__).parents[1] / "docs" / "grafana.json").read_text())
+ASKED = [target["expr"] for panel in BOARD["panels"] for target in panel.get("targets", [])]
+# What there is only once, and by which names it is told.
+OF_PROCESS = set(re.findall(r"^# TYPE (\S+)", ProcessMetrics(True, 0).render(), re.MULTILINE))
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("", "_sum", "_count")}
+    known = {f"{family.name}{suffix}" for family in FAMILIES for suffix in suffixes.get(family.type, ("",))}
+    cache = {f"nv_cache_{name}" for name, *_ in CACHE_GAUGES}
+    asked = {name for text in ASKED for name in re.findall(r"(?:nv|penstock|process)_\w+", text)}
+    assert asked <= known | OF_PROCESS | cache
+
+
+def test_the_dashboard_shows_every_metric() -> None:
+    shown = " ".join(ASKED)
+    # Each of these is shown as a histogram of ours, which says more.
+    instead = re.compile(
+        r"nv_inference_(request|queue|compute_\w+)_duration_us|nv_.*_summary_\w+|nv_inference_first_\w+"
+    )
+    missing = [family.name for family in FAMILIES if family.name not in shown and not instead.fullmatch(family.name)]
+    assert missing == []
+    assert {name for name in OF_PROCESS if name not in shown} == set()
 
 
 def test_labels_are_escaped(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from penstock.tensor import BYTES, FP32, Tensor, objects
 
 from .fakes import (
     LIMIT_S,
+    PLAIN,
     Answers,
     CallingInstance,
     EchoInstance,
@@ -588,3 +589,41 @@ def test_an_ensemble_takes_no_part_in_limiting_rates() -> None:
     assert ask(made, request(3)).values() == [3]
     close(made)
     close(member)
+
+
+def test_the_responses_of_a_decoupled_model_are_counted_by_their_place() -> None:
+    def script(sent: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
+        answer = EchoInstance().answer(sent)
+        reply(answer, final=False, partial=True)
+        reply(answer, final=False)
+        if sent.id == "fails":
+            reply(ServingError(Kind.INTERNAL, "no luck"))
+        else:
+            reply(InferResponse("m", "1", sent.id, []))
+
+    config = configuration(PLAIN + "model_transaction_policy { decoupled: true }")
+    made = model(StreamingInstance(script=script), config=config)
+    for id in ("ends", "fails"):
+        answers = Answers()
+        made.submit(pending(request(id=id), answers))
+        answers.wait_ended()
+    made.close()
+    first, second = made.statistics.responses[0], made.statistics.responses[1]
+    assert (first.success.count, first.compute_infer.count, first.fail.count) == (2, 2, 0)
+    assert (second.empty_response.count, second.fail.count, second.success.count) == (1, 1, 0)
+    assert sorted(made.statistics.responses) == [0, 1]
+
+
+def test_an_instance_that_was_idle_says_how_long_it_waited_for_a_fuller_batch() -> None:
+    delay_ms = 20
+    batching = f"max_batch_size: 4 dynamic_batching {{ max_queue_delay_microseconds: {delay_ms * 1000} }}"
+    made = model(EchoInstance(device="cuda:0"), config=configuration(PLAIN + batching))
+    sent = request(1)
+    sent.inputs["X"].array = sent.inputs["X"].array.reshape(1, 1)
+    answers = Answers()
+    made.submit(pending(sent, answers))
+    answers.one()
+    made.close()
+    waited = made.statistics.histograms.gathered
+    assert sum(waited.counts) == 1
+    assert waited.total >= delay_ms * 1_000_000

@@ -230,6 +230,7 @@ def test_an_enum_number_without_a_name_stays_a_number() -> None:
         ('backend: "custom"', ["model.onnx"], ("custom", "", "")),
         ('platform: "ensemble"', [], ("", "ensemble", "")),
         ('platform: "other"', ["model.onnx"], ("", "other", "")),
+        ('default_model_filename: "net.onnx"', [], ("onnxruntime", "onnxruntime_onnx", "net.onnx")),
     ],
 )
 def test_the_backend_is_found_from_what_there_is(text: str, files: list[str], expected: tuple[str, str, str]) -> None:
@@ -431,6 +432,22 @@ EITHER = "'int32_false_true', 'fp32_false_true'"
             NAMED % "dynamic_batching { preserve_ordering: true priority_queue_policy { key: 1 value "
             "{ timeout_action: DELAY default_timeout_microseconds: 1 } } }",
             "Queue policy can not have DELAY as timeout action when 'preserve_ordering' is true for m",
+        ),
+        (
+            NAMED % "model_metrics { metric_control { } }",
+            "metric control must specify 'metric_identifier'",
+        ),
+        (
+            NAMED % "model_metrics { metric_control { metric_identifier { } } }",
+            "metric identifier must specify non-empty 'family'",
+        ),
+        (
+            NAMED % 'model_metrics { metric_control { metric_identifier { family: "f" } } }',
+            "metric control must specify 'histogram_options'",
+        ),
+        (
+            NAMED % 'model_metrics { metric_control { metric_identifier { family: "f" } histogram_options { } } }',
+            "histogram options must specify non-empty 'buckets'",
         ),
         (
             NAMED % "response_cache { enable: true } sequence_batching { }",
@@ -699,10 +716,8 @@ REFUSED = {
     "instance_group.profile": 'instance_group { profile: "0" }',
     "instance_group.host_policy": 'instance_group { host_policy: "p" }',
     "cc_model_filenames": 'cc_model_filenames { key: "8.6" value: "m" }',
-    "metric_tags": 'metric_tags { key: "k" value: "v" }',
     "model_operations": 'model_operations { op_library_filename: "x.so" }',
     "model_repository_agents": 'model_repository_agents { agents { name: "checksum" } }',
-    "model_metrics": "model_metrics { metric_control { } }",
 }
 SLOWER = {
     "optimization.eager_batching": "optimization { eager_batching: true }",
@@ -765,6 +780,8 @@ def test_all_refusals_come_at_once_and_each_field_once() -> None:
         "optimization { execution_accelerators { gpu_execution_accelerator { name: 'tensorrt' "
         "parameters { key: 'precision_mode' value: 'FP16' } } } graph { level: -1 } }",
         "version_policy { all { } }",
+        'metric_tags { key: "k" value: "v" }',
+        'model_metrics { metric_control { metric_identifier { family: "f" } histogram_options { buckets: 1 } } }',
     ],
 )
 def test_fields_at_their_default_or_done_are_accepted(text: str) -> None:

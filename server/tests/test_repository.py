@@ -191,12 +191,31 @@ def test_a_bare_file_does_not_change_with_its_neighbours(tmp_path: Path) -> None
     assert only(tmp_path / "a.onnx").fingerprint() != before
 
 
+def test_what_is_neither_file_nor_folder_is_no_repository() -> None:
+    with pytest.raises(ServingError, match=r"'/dev/null' is no model repository: it is neither a file nor a folder"):
+        scan([Path("/dev/null")])
+
+
 # -- labels
 
 
 def test_labels_are_the_lines_of_their_file(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("cat\n\ndög\n", encoding="utf-8")
     assert read_labels(tmp_path, "labels.txt", "Y", "m") == ("cat", "", "dög")
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        (b"a\r\nb\r\n", ("a", "b")),
+        (b"page 1\x0cpage 2\nx\rz\n\xe2\x80\xa8", ("page 1\fpage 2", "x\rz", "\u2028")),
+        (b"a\n\n", ("a", "")),
+        (b"", ()),
+    ],
+)
+def test_labels_end_where_a_line_does_and_nowhere_else(tmp_path: Path, text: bytes, labels: tuple[str, ...]) -> None:
+    (tmp_path / "labels.txt").write_bytes(text)
+    assert read_labels(tmp_path, "labels.txt", "Y", "m") == labels
 
 
 @pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "inside/../../secret.txt", "link.txt"])

@@ -244,15 +244,38 @@ def test_another_cache_is_refused(text: str) -> None:
 
 
 def test_metrics_are_switched_by_name() -> None:
-    assert Settings().metrics_options() == {"counter_latencies": True, "histogram_latencies": False}
-    made = Settings(metrics_config=("counter_latencies=0", "histogram_latencies=True"))
-    assert made.metrics_options() == {"counter_latencies": False, "histogram_latencies": True}
+    usual = {"counter_latencies": True, "histogram_latencies": False, "summary_latencies": False}
+    assert Settings().metrics_options() == usual
+    made = Settings(metrics_config=("counter_latencies=0", "histogram_latencies=True", "summary_quantiles=0.5"))
+    assert made.metrics_options() == usual | {"counter_latencies": False, "histogram_latencies": True}
 
 
-@pytest.mark.parametrize("entry", ["summary_latencies=true", "counter_latencies", "counter_latencies=maybe", ""])
+@pytest.mark.parametrize(
+    ("entry", "quantiles"),
+    [
+        ("summary_latencies=true", (0.5, 0.9, 0.95, 0.99, 0.999)),
+        ("summary_quantiles=0.5:0.05,0.9:0.01", (0.5, 0.9)),
+        ('summary_quantiles="0.25"', (0.25,)),
+    ],
+)
+def test_quantiles_are_chosen(entry: str, quantiles: tuple[float, ...]) -> None:
+    assert Settings(metrics_config=(entry,)).summary_quantiles() == quantiles
+
+
+@pytest.mark.parametrize("value", ["", "x", "1.5", "0.5:2", "0.5,,"])
+def test_what_is_no_quantile_is_refused(value: str) -> None:
+    with pytest.raises(ServingError) as caught:
+        from_sources({"metrics_config": (f"summary_quantiles={value}",)}, environment={})
+    assert caught.value.message == (
+        f"--metrics-config summary_quantiles expects QUANTILE:ERROR,... from 0 to 1, got '{value}'"
+    )
+
+
+@pytest.mark.parametrize("entry", ["latencies=true", "counter_latencies", "counter_latencies=maybe", ""])
 def test_metrics_that_there_are_not_cannot_be_switched(entry: str) -> None:
     with pytest.raises(ServingError) as caught:
         from_sources({"metrics_config": (entry,)}, environment={})
     assert caught.value.message == (
-        f"--metrics-config expects one of counter_latencies=true|false, histogram_latencies=true|false, got '{entry}'"
+        "--metrics-config expects one of counter_latencies=true|false, histogram_latencies=true|false, "
+        f"summary_latencies=true|false, summary_quantiles=Q:ERROR,..., got '{entry}'"
     )

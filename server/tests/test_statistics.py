@@ -1,6 +1,8 @@
 """Counts and durations are the statistics extension's."""
 
-from penstock.statistics import Duration, Execution, Histogram, Statistics
+import math
+
+from penstock.statistics import Duration, Execution, Histogram, Recent, Statistics
 
 TIMES = Execution(started_ns=1000, inputs_ready_ns=1010, outputs_came_ns=1110, ended_ns=1150)
 
@@ -75,3 +77,42 @@ def test_a_request_that_never_ran_is_counted_by_its_reason() -> None:
     counts.failed("REJECTED", 30)
     assert counts.fail == Duration(2, 100)
     assert counts.failures == {"REJECTED": 1, "CANCELED": 1, "BACKEND": 0, "OTHER": 0}
+
+
+def test_the_wait_for_a_fuller_batch_is_counted_once_for_each_execution() -> None:
+    counts = Statistics()
+    for gathered_ns in (0, 3_000_000):
+        counts.executed([900, 950], 2, Execution(1000, 1010, 1110, 1150, gathered_ns))
+    assert (sum(counts.histograms.gathered.counts), counts.histograms.gathered.total) == (2, 3_000_000)
+
+
+def test_responses_are_counted_by_their_place() -> None:
+    counts = Statistics()
+    for _ in range(2):
+        counts.responded(0, 10, "success")
+    counts.responded(1, 5, "fail")
+    counts.responded(1, 7, "empty_response")
+    counts.responded(2, 9, "cancel")
+    first, second, third = (counts.responses[place] for place in range(3))
+    assert (first.compute_infer, first.compute_output, first.success) == (
+        Duration(2, 20),
+        Duration(2, 0),
+        Duration(2, 20),
+    )
+    assert (second.compute_infer, second.fail, second.empty_response) == (
+        Duration(2, 12),
+        Duration(1, 5),
+        Duration(1, 7),
+    )
+    assert (third.compute_infer, third.cancel) == (Duration(), Duration(1, 9))
+
+
+def test_quantiles_are_of_the_last_minute() -> None:
+    recent = Recent()
+    minute_ns = 60 * 10**9
+    recent.add(1000, now_ns=0)
+    for value in range(10):
+        recent.add(value, now_ns=minute_ns)
+    assert recent.at([0, 0.5, 0.99, 1], now_ns=minute_ns) == [0, 5, 1000, 1000]
+    assert recent.at([0, 0.5, 0.99, 1], now_ns=minute_ns + 1) == [0, 5, 9, 9]
+    assert all(map(math.isnan, recent.at([0.5], now_ns=3 * minute_ns)))

@@ -4,11 +4,13 @@ import contextlib
 import functools
 import itertools
 import logging
+import os
 import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import TypeAlias
 
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 INPUT, OUTPUT = "input", "output"
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 30.0  # before a process that failed is replaced
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 ACKNOWLEDGED = 8  # chunks at a time; the worker stops when twice as many are unread
 
 
@@ -134,6 +137,15 @@ class HandlerInstance:
         """The number of the process that takes requests; None while it is replaced."""
         process = self._ready
         return process.pid if process else None
+
+    def memory_bytes(self) -> int:
+        """What its process has resident."""
+        pid = self.pid
+        try:
+            pages = Path(f"/proc/{pid}/statm").read_text().split()[1] if pid else "0"
+        except OSError:  # it has ended meanwhile
+            return 0
+        return int(pages) * PAGE_BYTES
 
     def close(self) -> None:
         """Let the process end, by itself if it does so in time. What still runs is answered as lost."""
@@ -373,7 +385,10 @@ class HandlerInstance:
             self._block(process, job, credit)
 
     def _done(self, process: Process, job: Job, message: Message) -> None:
-        self._finish(process, job, message, self._response(job, message.body))
+        response = self._response(job, message.body)
+        if self.generator and message.body == b"[]":
+            response.outputs.clear()  # its answers were what it yielded, and it was not asked for all of them
+        self._finish(process, job, message, response)
 
     def _erred(self, process: Process, job: Job, message: Message) -> None:
         text = message.body.decode()

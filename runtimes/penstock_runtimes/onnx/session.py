@@ -26,6 +26,7 @@ _LEVELS = {
     1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
+MOST_THREADS = 1024  # for one operation, or for one request
 _INITIALIZERS = "session.use_device_allocator_for_initializers"
 _ARENAS = re.compile(r"(cpu|gpu):\d+(;(cpu|gpu):\d+)*")
 
@@ -119,7 +120,7 @@ def options(parameters: Parameters, level: int, threads: int) -> Any:
         )
     if mode == "1":
         made.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-    intra, inter = (parameters.integer(f"{kind}_op_thread_count") or 0 for kind in ("intra", "inter"))
+    intra, inter = (_threads(parameters, f"{kind}_op_thread_count") for kind in ("intra", "inter"))
     made.intra_op_num_threads = intra if intra > 0 else threads
     made.inter_op_num_threads = max(inter, 0)  # 0 leaves it to ONNX Runtime
     if (arena := parameters.boolean("enable_mem_arena")) is not None:
@@ -129,6 +130,13 @@ def options(parameters: Parameters, level: int, threads: int) -> Any:
     if (by_device := parameters.boolean(_INITIALIZERS)) is not None:
         made.add_session_config_entry(_INITIALIZERS, str(int(by_device)))
     return made
+
+
+def _threads(parameters: Parameters, key: str) -> int:
+    threads = parameters.integer(key) or 0
+    if threads > MOST_THREADS:
+        raise parameters.refusal(key, f"a whole number up to {MOST_THREADS}")
+    return threads
 
 
 def run_options(parameters: Parameters, device: str, bound: bool = False) -> Callable[[], Any] | None:

@@ -1,5 +1,6 @@
 """A gRPC call, whichever transport carries it: the two kinds of row that serve one, and what they are given."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
+from penstock.access import ID_LIMIT, Visit
 from penstock.auth import Category, Guard
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
+OK = "OK"  # the status of a call that did not fail
+STOPPING = "GRPC server is shutting down and has stopped accepting new requests."
 DETAILS_LIMIT = 2500  # bytes: percent-encoded three times that, and clients refuse trailers from 8 KiB on
 
 
@@ -71,8 +75,10 @@ class Door:
         """Raises ServingError(INVALID) where the header forward pattern is no regular expression."""
         self.engine = engine
         self.guard = guard
+        self.access_log = engine.settings.access_log
         self.limit_bytes = engine.settings.grpc_max_message_size
         self.templates = Templates()
+        self.stopping = asyncio.Event()  # nothing more is accepted: streams end once they are answered
         self.forward = HeaderPattern(engine.settings.grpc_header_forward_pattern, "--grpc-header-forward-pattern")
 
     def admit(self, category: Category, call: "Call", keyless: bool = False) -> None:
@@ -87,6 +93,13 @@ class Call:
 
     metadata: Sequence[tuple[str, str | bytes]]  # keys in lower case
     deadline_ns: int = 0  # monotonic; 0 means: none
+    visit: Visit | None = None  # what the access log will say, where it is on
+
+    @property
+    def id(self) -> str:
+        """What the metadata call the request: what it is known by, unless it has an id of its own."""
+        value = self.find("x-request-id")
+        return value[:ID_LIMIT] if isinstance(value, str) else ""
 
     def find(self, key: str) -> str | bytes | None:
         """The first value of a key."""
@@ -125,6 +138,10 @@ class Unary(Generic[Request, Answer]):
     ) -> Cancellable | None:
         """Serve a message: bytes in, bytes out. Never raises, and calls `reply` once on the event loop."""
 
+        if door.access_log:
+            call.visit = visit = Visit("grpc", self.path.rpartition("/")[2], self.path, call.id)
+            visit.request_bytes = len(body)
+            reply = partial(_noted, visit, reply)
         try:
             door.admit(self.category, call, self.keyless)
             return self.serve(door, decoded(self.decode, body), call, partial(self._finish, door.limit_bytes, reply))
@@ -139,7 +156,7 @@ class Unary(Generic[Request, Answer]):
 
     def _encoded(self, answer: Answer, limit_bytes: int) -> Encoded | ServingError:
         try:
-            return _sized(self.encode(answer), limit_bytes)
+            return sized(self.encode(answer), limit_bytes)
         except Exception as error:  # noqa: BLE001 - as above
             return failure(self.path, error)
 
@@ -160,20 +177,40 @@ class Stream(Generic[Request, Answer]):
     keyless: bool = False  # as above
 
     async def answers(self, door: Door, bodies: AsyncIterator[Body], call: Call) -> AsyncGenerator[Encoded, None]:
-        """Serve messages: bytes in, bytes out. Raises ServingError only."""
+        """Serve messages: bytes in, bytes out. Raises ServingError only. In the access log it has a line at its end."""
+        visit = Visit("grpc", self.path.rpartition("/")[2], self.path, call.id) if door.access_log else None
+        status: int | str = Status.CANCELLED.name
+        sent = 0
         try:
             door.admit(self.category, call, self.keyless)
             async with aclosing(self.serve(door, self._messages(bodies), call)) as answers:
                 async for answer in answers:
-                    yield _sized(self.encode(answer), door.limit_bytes)
-        except ServingError:
+                    encoded = sized(self.encode(answer), door.limit_bytes)
+                    sent += length(encoded)
+                    yield encoded
+            status = OK
+        except ServingError as error:
+            status = STATUS[error.kind].name
             raise
         except Exception as error:
+            status = Status.INTERNAL.name
             raise failure(self.path, error) from error
+        finally:
+            if visit is not None:
+                visit.end(status, sent)
 
     async def _messages(self, bodies: AsyncIterator[Body]) -> AsyncGenerator[Request, None]:
         async for body in bodies:
             yield decoded(self.decode, body)
+
+
+def _noted(visit: Visit, reply: Callable[[Encoded | ServingError], None], answer: Encoded | ServingError) -> None:
+    """Reply, and write the line of the access log."""
+    reply(answer)
+    if isinstance(answer, ServingError):
+        visit.end(STATUS[answer.kind].name, 0)
+    else:
+        visit.end(OK, length(answer))
 
 
 def failure(path: str, error: BaseException) -> ServingError:
@@ -192,7 +229,8 @@ def decoded(decode: Callable[[bytes], Request], body: Body) -> Request:
         raise ServingError(Kind.INVALID, f"malformed request message: {error}") from error
 
 
-def _sized(body: Encoded, limit_bytes: int) -> Encoded:
+def sized(body: Encoded, limit_bytes: int) -> Encoded:
+    """Raises ServingError(TOO_LARGE)."""
     if (size := length(body)) > limit_bytes:
         raise ServingError(
             Kind.TOO_LARGE,

@@ -11,12 +11,11 @@ import grpc
 
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api.bodies import Encoded, whole
-from penstock.grpc_api.calls import STATUS, Call, Door, Stream, Unary, details
+from penstock.grpc_api.calls import STATUS, STOPPING, Call, Door, Stream, Unary, details
 from penstock.grpc_api.methods import METHODS
 from penstock.settings import Settings
 
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
-STOPPING = "GRPC server is shutting down and has stopped accepting new requests."
 # grpcio from 1.84 on ends its server for good when a call's path is no UTF-8, and tells so only to who asks.
 LOOK_S, QUIET_S, PARTING_S = 0.5, 0.05, 1.0
 
@@ -67,8 +66,18 @@ class GrpcioServer(grpc.GenericRpcHandler):
             except Exception as error:
                 logger.error("grpcio's server ended, another takes its place", exc_info=error)
                 await server.stop(None)
+                self._server = server = await self._listen_again(host, port)
+
+    async def _listen_again(self, host: str, port: int) -> grpc.aio.Server:
+        """Try until the port can be had: whoever has taken it meanwhile may leave it."""
+        while True:
+            try:
                 server, _ = await self._listen(host, port)
-                self._server = server
+            except ServingError as error:
+                logger.error("gRPC is not served: %s", error.message)
+                await asyncio.sleep(LOOK_S)
+            else:
+                return server
 
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more; give calls `grace_s` seconds to finish, then cancel them. Watches end at once."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from google.protobuf.json_format import ParseDict
@@ -11,64 +11,15 @@ from google.protobuf.message_factory import GetMessageClass
 
 from penstock import control, pb
 from penstock.auth import Category
-from penstock.engine import OnLoop
-from penstock.errors import Kind, ServingError
-from penstock.grpc_api import health, reflection, templates, tensors
-from penstock.grpc_api.bodies import Body
-from penstock.grpc_api.calls import Call, Cancellable, Door, Stream, Unary, decoded, failure
-from penstock.messages import InferRequest, InferResponse
-from penstock.model import Model
+from penstock.errors import ServingError
+from penstock.grpc_api import health, reflection, tensors
+from penstock.grpc_api.calls import Call, Door, Stream, Unary, failure
+from penstock.grpc_api.infer import as_it_is, infer
+from penstock.grpc_api.streaming import stream_infer
 
 SERVICE = "inference.GRPCInferenceService"
 
 Row: TypeAlias = Unary[Any, Any] | Stream[Any, Any]
-
-
-def infer(door: Door, body: Body, call: Call, reply: Callable[[InferResponse | ServingError], None]) -> Cancellable:
-    """ModelInfer. Raises ServingError where the request is refused before it is queued."""
-    engine = door.engine
-    parts = templates.cut(body)
-    known = door.templates.find(parts) if parts else None
-    request = None
-    if parts and known:
-        model = engine.model(known.model, known.version)
-        if model.signature is known.signature and not model.decoupled:
-            request = known.fill(parts)
-    if request is None:
-        model, request = parsed(door, body)
-        if parts:
-            door.templates.learn(parts, request, model.signature)
-    if door.forward:
-        request.parameters.update(door.forward.chosen(call.metadata))
-    request.deadline_ns = call.deadline_ns
-    return engine.submit(model, request, OnLoop(engine.mailbox(), reply))
-
-
-def as_it_is(body: Body) -> Body:
-    """ModelInfer's message is parsed where it must be, and otherwise cut up."""
-    return body
-
-
-def parsed(door: Door, body: Body) -> tuple[Model, InferRequest]:
-    """The model that a message asks, and the request. Raises ServingError."""
-    message = decoded(pb.ModelInferRequest.FromString, body)
-    model = door.engine.model(message.model_name, message.model_version)
-    if model.decoupled:
-        raise ServingError(Kind.UNSUPPORTED, "ModelInfer RPC doesn't support models with decoupled transaction policy")
-    settings = door.engine.settings
-    return model, tensors.decode(message, model.signature, settings.max_tensors, settings.max_rank)
-
-
-async def stream_infer(
-    _door: Door, messages: AsyncIterator[pb.ModelInferRequest], _call: Call
-) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
-    """ModelStreamInfer is refused at its first message: an answer before that may find a client that still sends it."""
-    async for message in messages:
-        yield _no_streaming(message)
-
-
-def _no_streaming(_message: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
-    raise ServingError(Kind.UNSUPPORTED, "ModelStreamInfer is not supported by this server; use ModelInfer")
 
 
 def control_row(method: control.Method) -> Unary[Message, Message]:
@@ -143,8 +94,8 @@ ROWS: tuple[Row, ...] = (
     Unary(f"/{SERVICE}/ModelInfer", as_it_is, tensors.encode, infer, Category.INFERENCE),
     Stream(
         f"/{SERVICE}/ModelStreamInfer",
-        pb.ModelInferRequest.FromString,
-        pb.ModelStreamInferResponse.SerializeToString,
+        as_it_is,
+        as_it_is,
         stream_infer,
         Category.INFERENCE,
         drains=True,

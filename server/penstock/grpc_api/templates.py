@@ -123,7 +123,7 @@ class Templates:
 
     def learn(self, parts: Parts, request: InferRequest, signature: Signature) -> None:
         """Remember what a message came to, if others like it can be read by their bytes."""
-        if request.sequence or request.parameters or len(parts.raw) != len(request.inputs):
+        if request.sequence or request.parameters or request.empty_final or len(parts.raw) != len(request.inputs):
             return
         inputs = []
         for raw, tensor in zip(parts.raw, request.inputs.values(), strict=True):

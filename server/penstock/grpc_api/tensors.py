@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from penstock import pb
-from penstock.admission import Given, admit
+from penstock.admission import Given, admit, check_count, check_rank, check_sequence_id
 from penstock.errors import Kind, ServingError
 from penstock.grpc_api.bodies import Body, Encoded
 from penstock.messages import InferRequest, InferResponse, Parameter, RequestedOutput, Sequence
@@ -14,7 +14,6 @@ from penstock.model_config import Signature
 from penstock.tensor import BYTES, DATATYPES, Array, Tensor, objects, pack
 
 PIECES_BYTES = 64 << 10  # from here on an answer's tensors are written from where they lie
-STRING_ID_LIMIT = 128  # characters of a sequence id
 
 # The typed lists of InferTensorContents in the order they are looked at, with the datatypes that each carries. The
 # last one is named where a tensor's datatype is none of them.
@@ -61,6 +60,7 @@ def decode(message: pb.ModelInferRequest, signature: Signature, max_tensors: int
         timeout_us=int(values.get("timeout", 0)),
         sequence=_sequence(values) if "sequence_id" in values else None,
         rows=admitted.rows,
+        empty_final=bool(values.get("triton_enable_empty_final_response")),
     )
 
 
@@ -82,7 +82,7 @@ def encode(response: InferResponse) -> Encoded:
     size = 0
     for tensor in response.outputs:
         raw = _raw(tensor)
-        parts.append(RAW_OUTPUT_TAG + _varint(len(raw)))
+        parts.append(RAW_OUTPUT_TAG + varint(len(raw)))
         parts.append(raw)
         size += len(raw)
     return parts if size >= PIECES_BYTES else b"".join(parts)
@@ -110,7 +110,8 @@ def _output(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
 RAW_OUTPUT_TAG = bytes([pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """A number as protobuf writes it."""
     if number < 0x80:
         return bytes((number,))
     digits = bytearray()
@@ -155,10 +156,7 @@ def _sequence(values: Mapping[str, Parameter]) -> Sequence | None:
     """The request's place in a sequence; None for the ids 0 and "", which mean that it is in none."""
     id = values["sequence_id"]
     if isinstance(id, str):
-        if len(id) > STRING_ID_LIMIT:
-            raise ServingError(
-                Kind.UNSUPPORTED, f"string correlation ID cannot be longer than {STRING_ID_LIMIT} characters"
-            )
+        check_sequence_id(id)
     else:
         id = int(id) % 2**64  # the core's ids are unsigned, as a model's control tensor is
     return Sequence(id, bool(values.get("sequence_start")), bool(values.get("sequence_end"))) if id else None
@@ -166,18 +164,11 @@ def _sequence(values: Mapping[str, Parameter]) -> Sequence | None:
 
 def _given(message: pb.ModelInferRequest, max_tensors: int, max_rank: int) -> Iterator[Given]:
     """The input tensors. Each takes the next raw entry, unless it brings its data along."""
-    if len(message.inputs) > max_tensors:
-        raise ServingError(
-            Kind.INVALID, f"a request may have {max_tensors} input tensors (--max-tensors), got {len(message.inputs)}"
-        )
+    check_count(len(message.inputs), max_tensors)
     raw = message.raw_input_contents
     taken = 0
     for tensor in message.inputs:
-        if len(tensor.shape) > max_rank:
-            raise ServingError(
-                Kind.INVALID,
-                f"input '{tensor.name}' may have {max_rank} dimensions (--max-rank), got {len(tensor.shape)}",
-            )
+        check_rank(tensor.name, len(tensor.shape), max_rank)
         where = f"input tensor '{tensor.name}' for model '{message.model_name}'"
         data: bytes | Array
         if tensor.parameters and (region := _region(tensor.name, tensor.parameters)) is not None:

@@ -8,15 +8,16 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from penstock import oip_json
+from penstock.access import ID_LIMIT, Visit, new_id
 from penstock.auth import Category, Guard
 from penstock.control import METHODS, Method
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.http_api.answers import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, Body, Headers, dumped, failure
-from penstock.http_api.infer import Door, Exchange, infer_target, serve_infer
+from penstock.http_api.infer import REQUEST_ID, Door, Exchange, infer_target, serve_infer
 from penstock.settings import Settings
 
 # A disconnect is watched only from then on: a task per request costs more than most requests.
@@ -56,6 +57,8 @@ class HttpApp:
             return
         path: bytes = scope["raw_path"]
         target = infer_target(path)
+        if target is None:
+            send = _noted(self.door, scope, send)
         if target is None and self._jobs is not None and _is_job(path):
             await self._jobs(scope, receive, send)
         elif target is None:
@@ -68,11 +71,11 @@ class HttpApp:
         try:
             head = self.door.head(model, version, dict(scope["headers"]))
             if scope["method"] != "POST":
-                await _send(scope, send, *_early(scope, METHOD_NOT_ALLOWED))
+                await _send(scope, _noted(self.door, scope, send), *_early(scope, METHOD_NOT_ALLOWED))
                 return
             body = await _read(head.headers, receive, self._limit_bytes)
         except ServingError as error:
-            await refused(error)(scope, receive, send)
+            await refused(self.door, error)(scope, receive, send)
             return
         if body is None:
             return
@@ -211,11 +214,11 @@ def _refusal(door: Door, scope: Scope, category: Category | None, keyless: bool 
     return None
 
 
-def refused(error: ServingError) -> ASGIApp:
+def refused(door: Door, error: ServingError) -> ASGIApp:
     """Answers one request whose body is not wanted."""
 
     async def refuse(scope: Scope, _receive: Receive, send: Send) -> None:
-        await _send(scope, send, *_early(scope, failure(error)))
+        await _send(scope, _noted(door, scope, send), *_early(scope, failure(error)))
 
     return refuse
 
@@ -225,6 +228,35 @@ def _early(scope: Scope, answer: Answer) -> Answer:
     status, headers, body = answer
     waits = any(name == b"expect" for name, _ in scope["headers"])
     return (status, [*headers, (b"connection", b"close")], body) if waits else answer
+
+
+def _noted(door: Door, scope: Scope, send: Send) -> Send:
+    """How to answer what is no inference: with the request's id, and a line in the access log where that is on."""
+    fields = dict(scope["headers"])
+    id: bytes = fields.get(REQUEST_ID, b"")
+    visit = None
+    if door.access_log:
+        id = id or new_id().encode()
+        path = scope["raw_path"].decode("latin-1")
+        visit = Visit("http", scope["method"], path, id.decode("latin-1")[:ID_LIMIT])
+        length = fields.get(b"content-length", b"")
+        visit.request_bytes = int(length) if length.isdigit() else 0
+    elif not id:
+        return send
+    status = sent = 0
+
+    async def noted(message: Message) -> None:
+        nonlocal status, sent
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            message["headers"] = [*message["headers"], (REQUEST_ID, id)]
+        else:
+            sent += len(message["body"])
+        await send(message)
+        if visit is not None and message["type"] == "http.response.body" and not message.get("more_body"):
+            visit.end(status, sent)
+
+    return noted
 
 
 async def _send(scope: Scope, send: Send, status: int, headers: Headers, body: Body) -> None:

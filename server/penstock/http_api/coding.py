@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from penstock.errors import Kind, ServingError
 
 IDENTITY = b"identity"
+BLANKS = b" \t"
 CODINGS = {b"gzip": 31, b"deflate": 15}  # zlib's window bits; `deflate` has zlib's frame, as RFC 9110 says
 ANY_FRAME = 47  # gzip or zlib, whatever the data begin with: a body with the wrong label is read all the same
 MOST_STREAMS = 32  # in a row; each costs a copy of all that follows it
@@ -16,9 +17,9 @@ def choose(accepted: bytes) -> bytes:
     """The coding with the highest weight in an Accept-Encoding header, the first among equals; else identity."""
     best, highest = IDENTITY, 0.0
     for item in accepted.split(b","):
-        coding, _, parameter = item.strip(b" ").partition(b";q=")
+        coding, *parameters = (part.strip(BLANKS) for part in item.split(b";"))
         try:
-            weight = float(parameter) if parameter else 1.0
+            weight = next((float(text[2:]) for text in parameters if text[:2].lower() == b"q="), 1.0)
         except ValueError:
             continue
         if weight > highest and (coding in CODINGS or coding == IDENTITY):

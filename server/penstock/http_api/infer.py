@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from penstock import oip_json
+from penstock.access import ID_LIMIT, Visit, new_id
 from penstock.auth import Category, Guard
 from penstock.engine import Engine, Mailbox, Result
 from penstock.errors import Kind, ServingError
@@ -28,19 +29,23 @@ LONG_JSON = 256 << 10  # bytes: read in 5 to 20 ms, against 0.1 ms for the way t
 LONG_TEXT = 1 << 20  # bytes of a body with BYTES tensors
 INT32_END = 2**31
 NO_FORMS = oip_json.Forms()
+REQUEST_ID = b"x-request-id"  # what a client calls its request; the answer repeats it
 _NUMBER = re.compile(rb"[ \t]*[+-]?[0-9]+")
 
 
 class Door:
     """What every request over HTTP shares."""
 
-    __slots__ = ("compression", "engine", "forward", "guard", "heads", "limits", "non_finite", "templates")
+    __slots__ = (
+        "access_log", "compression", "engine", "forward", "guard", "heads", "limits", "non_finite", "templates",
+    )  # fmt: skip
 
     def __init__(self, engine: Engine, settings: Settings, guard: Guard | None = None) -> None:
         """Raises ServingError(INVALID) where the header forward pattern is no regular expression."""
         self.engine = engine
         self.guard = guard
         self.limits = oip_json.Limits(settings.http_max_input_size, settings.max_tensors, settings.max_rank)
+        self.access_log = settings.access_log
         self.non_finite = settings.json_non_finite
         self.compression = settings.http_response_compression
         self.templates = Templates(settings.http_max_input_size)
@@ -70,18 +75,24 @@ class Head:
 class Exchange:
     """One inference on its way. Used on the event loop's thread only, but for its call: it is the model's reply."""
 
-    __slots__ = ("_answered", "_cancelled", "_door", "_forms", "_head", "_id", "_mailbox", "_pending", "_reply")
+    __slots__ = (
+        "_answered", "_cancelled", "_door", "_forms", "_head", "_id", "_mailbox", "_pending", "_reply", "_visit",
+    )  # fmt: skip
 
     def __init__(self, door: Door, head: Head, reply: Reply) -> None:
         self._door = door
         self._head = head
         self._reply = reply
-        self._id = ""
+        self._id = (head.headers.get(REQUEST_ID) or b"").decode("latin-1")[:ID_LIMIT]  # unless the body says another
         self._forms = NO_FORMS
         self._mailbox: Mailbox
         self._pending: Pending | None = None
         self._cancelled: ServingError | None = None
         self._answered = False
+        self._visit: Visit | None = None
+        if door.access_log:
+            self._id = self._id or new_id()
+            self._visit = _visit(head)
 
     @property
     def answered(self) -> bool:
@@ -102,6 +113,8 @@ class Exchange:
 
     def begin(self, body: bytes | memoryview) -> None:
         """The checks in the protocol's order (3.2), up to the scheduler."""
+        if self._visit is not None:
+            self._visit.request_bytes = len(body)
         model = self._door.engine.model(self._head.model, self._head.version)
         if model.decoupled:
             raise ServingError(
@@ -132,7 +145,7 @@ class Exchange:
         known = door.templates.read(model, body, before) if before else None
         if known is not None:
             request, self._forms = known
-            self._id = request.id
+            request.id = self._id = request.id or self._id
             self._run_on(model, request)
         elif _is_long(model, len(body), json_bytes):
             # Beside the event loop, which others wait for.
@@ -149,10 +162,13 @@ class Exchange:
     ) -> tuple[oip_json.Decoded, InferRequest]:
         door = self._door
         decoded = oip_json.decode(model.signature, body, json_bytes, door.limits)
-        self._id, self._forms = decoded.id, decoded.forms
+        self._id = decoded.id or self._id
+        self._forms = decoded.forms
         if door.forward:
             decoded.parameters.update(door.forward.chosen(self._head.headers.items()))
-        return decoded, decoded.admitted(model.signature, model.version)
+        request = decoded.admitted(model.signature, model.version)
+        request.id = self._id
+        return decoded, request
 
     def _was_read(self, model: Model, reading: "asyncio.Future[tuple[oip_json.Decoded, InferRequest]]") -> None:
         _, request = reading.result()
@@ -199,7 +215,19 @@ class Exchange:
         if not self._answered:
             self._answered = True
             self._pending = None  # it leads back here through its reply: body and outputs would wait for a collection
-            self._reply(*answer)
+            status, headers, body = answer
+            given = self._head.headers.get(REQUEST_ID)
+            if self._visit is not None:
+                self._visit.id = self._id
+                given = given or (self._id.encode() if self._id.isascii() and self._id.isprintable() else None)
+            self._reply(status, [*headers, (REQUEST_ID, given)] if given else headers, body)
+            if self._visit is not None:
+                self._visit.end(status, sum(map(len, body)))
+
+
+def _visit(head: Head) -> Visit:
+    version = f"/versions/{head.version}" if head.version else ""
+    return Visit("http", "POST", f"/v2/models/{head.model}{version}/infer", model=head.model, version=head.version)
 
 
 def infer_target(path: bytes) -> tuple[str, str] | None:

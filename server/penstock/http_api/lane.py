@@ -198,7 +198,7 @@ class LaneProtocol(LimitedProtocol):
                     return
                 refusal, self._refusal = self._refusal, None
         if refusal is not None:
-            self.app = refused(refusal)
+            self.app = refused(self._lane.door, refusal)
         super()._start()
         self.app = self.config.loaded_app
 

@@ -8,6 +8,7 @@ from penstock.auth import Keys
 from penstock.engine import Engine
 from penstock.errors import ServingError
 from penstock.http_api.answers import METHOD_NOT_ALLOWED, NOT_FOUND, Answer, answer, failure
+from penstock.process_metrics import ProcessMetrics
 
 Event: TypeAlias = MutableMapping[str, Any]
 More: TypeAlias = Callable[[], Awaitable[bytes]]
@@ -20,7 +21,9 @@ class MetricsApp:
         """`more` gives text that others have to add: the job API."""
         self._engine = engine
         self._keys = keys
-        self._gpus = gpu_metrics.find() if engine.settings.allow_gpu_metrics else None
+        settings = engine.settings
+        self._process = ProcessMetrics(settings.allow_cpu_metrics, settings.metrics_interval_ms)
+        self._gpus = gpu_metrics.find() if settings.allow_gpu_metrics else None
         self._more = more
 
     async def __call__(
@@ -41,5 +44,7 @@ class MetricsApp:
             return NOT_FOUND
         if scope["method"] not in ("GET", "HEAD"):
             return METHOD_NOT_ALLOWED
-        text = [metrics.render(self._engine, self._gpus), *([await self._more()] if self._more is not None else ())]
+        text = [metrics.render(self._engine, self._process, self._gpus)]
+        if self._more is not None:
+            text.append(await self._more())
         return answer(200, text, content_type=metrics.CONTENT_TYPE.encode())

@@ -89,7 +89,7 @@ class Templates:
         if len(self._known) >= KEPT:
             self._known.clear()
         self._known[model.name, model.version, key] = Template(
-            model.signature, request.id, tuple(inputs), at, request.outputs, decoded.forms, request.rows,
+            model.signature, decoded.id, tuple(inputs), at, request.outputs, decoded.forms, request.rows,
             request.priority, request.timeout_us,
         )  # fmt: skip
 

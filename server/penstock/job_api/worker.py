@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import orjson
 
 from penstock import oip_json
+from penstock.access import Visit
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError, WorkerLostError
 from penstock.job_api.endpoints import is_endpoint
@@ -242,7 +243,7 @@ class Worker:
         recorder = Recorder(self._store, job, self._sizes.chunk)
         handler = is_handler(prepared.model)
         chunks: list[bytes] = []
-        last = b"null"
+        last = b"[]" if handler else b"null"
         try:
             async with contextlib.aclosing(self._engine.stream(prepared.model, prepared.request)) as replies:
                 async for replied in replies:
@@ -269,6 +270,9 @@ class Worker:
         text = f"{state.value} after {finished_ms - job.started_ms} ms" + (f": {error}" if error else "")
         level = "error" if error else "info"
         self._journal.note(request.endpoint, finished_ms, level, request.id, text)
+        if self._engine.settings.access_log:
+            visit = Visit("job", "run", "", request.id, request.endpoint, request_bytes=len(request.input))
+            visit.write(state.value, len(output or b""), finished_ms - job.started_ms)
         if request.webhook:
             self._due()
         return replace(job, state=state, finished_ms=finished_ms, output=output, error=error, progress=None)

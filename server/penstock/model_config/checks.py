@@ -37,6 +37,7 @@ def _complaints(config: pb.ModelConfig, gpus: Sequence[int], complete: bool) -> 
     yield from _sequence_batching(config)
     yield from _ensemble(config)
     yield from _response_cache(config)
+    yield from _metrics(config)
     if config.platform != ENSEMBLE:
         yield from _instance_groups(config, gpus, complete)
 
@@ -293,6 +294,18 @@ def _response_cache(config: pb.ModelConfig) -> Iterator[str]:
         yield f"{refusal} sequence batching scheduler. Please disable the response cache."
     if config.model_transaction_policy.decoupled:
         yield f"{refusal} 'decoupled' transaction policy. Please disable the response cache."
+
+
+def _metrics(config: pb.ModelConfig) -> Iterator[str]:
+    for control in config.model_metrics.metric_control:
+        if not control.HasField("metric_identifier"):
+            yield "metric control must specify 'metric_identifier'"
+        if not control.metric_identifier.family:
+            yield "metric identifier must specify non-empty 'family'"
+        if not control.HasField("histogram_options"):
+            yield "metric control must specify 'histogram_options'"
+        if not control.histogram_options.buckets:
+            yield "histogram options must specify non-empty 'buckets'"
 
 
 def _instance_groups(config: pb.ModelConfig, gpus: Sequence[int], complete: bool) -> Iterator[str]:

@@ -33,13 +33,14 @@ class Backend:
     platform: str
     filenames: tuple[str, ...]  # the one that is there is the model file; the first where none is
     instances_on_cpu: int  # of a group that does not say how many
+    suffix: str = ""  # by which files of this backend alone are known
 
     def filename(self, files: Collection[str]) -> str:
         return next((name for name in self.filenames if name in files), self.filenames[0])
 
 
 BACKENDS = {
-    "onnxruntime": Backend("onnxruntime_onnx", ("model.onnx",), instances_on_cpu=2),
+    "onnxruntime": Backend("onnxruntime_onnx", ("model.onnx",), instances_on_cpu=2, suffix=".onnx"),
     "handler": Backend("handler", ("handler.py", "rp_handler.py"), instances_on_cpu=1),
 }
 
@@ -86,7 +87,8 @@ def _belonging(config: pb.ModelConfig, backend: Backend, files: Collection[str])
     """Why a model is for `backend`; "" where nothing says that it is."""
     if config.platform == backend.platform:
         return f"the platform is {backend.platform}"
-    if config.default_model_filename in backend.filenames:
+    named = config.default_model_filename
+    if named in backend.filenames or (backend.suffix and named.endswith(backend.suffix)):
         return f"the model file is called {config.default_model_filename}"
     filename = backend.filename(files)
     if not config.platform and not config.default_model_filename and filename in files:

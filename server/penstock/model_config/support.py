@@ -121,7 +121,7 @@ FIELDS: dict[str, Field] = {
         _planned("instance_group.host_policy"),
         _done("default_model_filename"),
         _planned("cc_model_filenames"),
-        _planned("metric_tags"),
+        _done("metric_tags", "labels `_KEY` on every series of the model"),
         _done("parameters.string_value", "settings of the runtime, by key; keys it does not know are information"),
         _done("parameters[split_oversized]", "a request over `max_batch_size` runs in parts instead of being refused"),
         _done("model_warmup.name"),
@@ -141,7 +141,11 @@ FIELDS: dict[str, Field] = {
         ),
         _refused("model_repository_agents", "agents are shared libraries of Triton"),
         _done("response_cache.enable", "needs `--cache-config`"),
-        _planned("model_metrics"),
+        _done(
+            "model_metrics.metric_control.metric_identifier.family",
+            "`nv_inference_first_response_histogram_ms`; others change nothing, with a warning",
+        ),
+        _done("model_metrics.metric_control.histogram_options.buckets"),
     )
 }
 

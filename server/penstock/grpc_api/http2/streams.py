@@ -324,7 +324,9 @@ class StreamCall(BaseCall):
     def _top_up(self) -> None:
         assert self._assembler is not None
         coming = self._link.coming(self)
-        if more := top_up(self.credit, self._held + coming, self._assembler.missing - coming):
+        # While whole messages wait to be taken, the next one need not come: else each would let one more begin.
+        missing = 0 if self._assembler.ready else self._assembler.missing - coming
+        if more := top_up(self.credit, self._held + coming, missing):
             self._link.grant(self, more)
 
 
