@@ -10,7 +10,7 @@ TRITONCLIENT := tritonclient==2.73.0
 # What `make conformance` tests: a server it starts itself, or with URL= (and GRPC=) one that runs.
 TARGET := $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC)) $(if $(METRICS),--metrics $(METRICS))
 
-.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-asgi conformance-clients conformance-mlserver torture fuzz kills bench bench-jobs gpu-check wheel clean
+.PHONY: help setup setup-check serve check lint test format proto docs clauses models conformance conformance-native conformance-asgi conformance-clients conformance-mlserver torture fuzz kills bench bench-standard bench-jobs bench-scheduling gpu-check wheel clean
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{split($$1, name, ":"); printf "  make %-13s %s\n", name[1], $$2}'
@@ -74,9 +74,10 @@ fuzz: setup-check ## so many broken requests over JSON, binary framing, protobuf
 	$(BIN)/python -m conformance_tests.fuzz_http2
 	$(BIN)/python -m conformance_tests.fuzz --cases $(FUZZ_CASES) $(if $(SEED),--seed $(SEED)) $(if $(URL),--url $(URL)) $(if $(GRPC),--grpc $(GRPC))
 
-bench: setup-check ## the standard load, into BENCHMARKS.md; PERF_ANALYZER=path adds NVIDIA's client, ARGS=--no-record only looks
+bench: bench-standard bench-jobs bench-scheduling ## all loads, into BENCHMARKS.md
+
+bench-standard: setup-check ## the standard load, into BENCHMARKS.md; PERF_ANALYZER=path adds NVIDIA's client, ARGS=--no-record only looks
 	$(BIN)/python -m conformance_tests.benchmarks.standard $(ARGS)
-	$(BIN)/python -m conformance_tests.benchmarks.jobs $(filter --no-record,$(ARGS))
 
 bench-jobs: setup-check ## what jobs cost, into BENCHMARKS.md; ARGS="--rounds 9 --folder /mnt/disk"
 	$(BIN)/python -m conformance_tests.benchmarks.jobs $(ARGS)
@@ -85,6 +86,9 @@ bench-jobs: setup-check ## what jobs cost, into BENCHMARKS.md; ARGS="--rounds 9 
 GPU_PYTHON = $(if $(filter command,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 gpu-check: ## what only a GPU can prove, into BENCHMARKS.md; no set-up needed. PYTHON= names another, ARGS=--only=device a part
 	PYTHONPATH=.:server:runtimes$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m conformance_tests.gpu $(ARGS)
+
+bench-scheduling: setup-check ## batching beside ONNX Runtime itself, and overload, into BENCHMARKS.md; ARGS="--no-record --only cost"
+	$(BIN)/python -m conformance_tests.benchmarks.scheduling $(ARGS)
 
 format: setup-check ## put code into the project's form
 	$(BIN)/ruff check --fix-only .

@@ -66,13 +66,19 @@ class Crowd:
         return self._pool.submit(wait)
 
     @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """A request keeps an instance busy for as long as the block lasts: then its client goes away, which ends it."""
-        tensor = {"name": "INPUT0", "datatype": "FP32", "shape": [1, 1], "data": [FOREVER]}
+    def visitor(self, steps: float) -> Iterator[None]:
+        """A client that sends a request, and goes away at the end of the block."""
+        tensor = {"name": "INPUT0", "datatype": "FP32", "shape": [1, 1], "data": [steps]}
         body = encode({"inputs": [tensor]})
         with self._http.connect() as connection:
             head = connection.head("POST", infer_path(self.model), {"Content-Length": str(len(body))})
             connection.send(head + body)
+            yield
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """A request keeps an instance busy for as long as the block lasts: then its client goes away, which ends it."""
+        with self.visitor(FOREVER):
             self.until("penstock_running_requests", 1)
             yield
 
@@ -257,7 +263,8 @@ def test_answers_leave_in_the_order_of_their_requests(crowd: Callable[[str], Cro
         limit_s = time.monotonic() + LIMIT_S
         while batches(http, group.model) == before:  # until the other instance, which is free, has run it
             assert time.monotonic() < limit_s
-        assert (group.gauge("penstock_running_requests"), quick.done()) == (1, False)
+        group.until("penstock_running_requests", 1)
+        assert not quick.done()
     assert value(quick) == 0
 
 
@@ -291,6 +298,26 @@ def test_a_client_that_goes_away_ends_its_run_and_what_it_has_waiting(
             assert group.gauge("penstock_running_requests") == 1
         group.until("penstock_running_requests", 0)
         assert value(group.send("next", rows(group.model, 1))) == 1
+
+
+@clause("batches.fails_alone")
+@pytest.mark.over("http")
+@needs("slow_rows")
+def test_a_client_that_goes_away_costs_no_other_of_its_batch_an_answer(
+    http: HttpClient, http_metrics: HttpClient
+) -> None:
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as visit:
+        group = Crowd(HttpBinary(http), "slow_rows", http, http_metrics, pool)
+        before = batches(http, group.model)
+        with group.busy():
+            visit.enter_context(group.visitor(APART))
+            group.until("nv_inference_pending_request_count", 1)
+            stays = group.send("stays", rows(group.model, 3 * APART))
+            group.until("nv_inference_pending_request_count", 2)
+        group.until("nv_inference_pending_request_count", 0)
+        visit.close()  # while both run
+        assert value(stays) == 3 * APART
+        assert more(before, batches(http, group.model)) == {2: 1}
 
 
 @clause("schedule_policy.cancel_running")

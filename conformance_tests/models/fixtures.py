@@ -7,6 +7,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from .arithmetic import multiple
+from .batches import make_shared_fixtures
 from .ensembles import make_broken_ensembles, make_ensembles
 from .graphs import OPSET, Directory, Files, Shape, graph, node, tensor
 
@@ -46,6 +47,7 @@ def make_fixtures(directory: Path) -> None:
     - failing: FP32 OUTPUT0 = (10, 20, 30, 40)[INPUT0]; an index outside -4..3 fails while it runs
     - slow_rows: FP32 identity [batch,columns] that takes about a millisecond for each unit of the largest number in it,
       on one instance; batched as BATCHING says under the names there
+    - those of `batches`
     - cached: FP32 OUTPUT0 = INPUT0 and OUTPUT1 = -INPUT0 [rows,columns], with the response cache
     - warmed: `failing`, warmed up with zeros, random numbers of no rows, and a file of indices that are valid
     - halves: INPUT0 FP16 and INPUT1 BF16 [rows,columns]; OUTPUT0 is INPUT0 as BF16, OUTPUT1 is INPUT1 as FP16
@@ -74,6 +76,7 @@ def make_fixtures(directory: Path) -> None:
     _warmed("warmed", [0, 3, -4]).write(directory)
     make_batching_fixtures(directory, *BATCHING)
     Directory("stream_count", {"handler.py": STREAM_COUNT}).write(directory)
+    make_shared_fixtures(directory)
     _multiples("latest_version", (2, 9, 10), {f"{no}/model.onnx": NOT_ONNX for no in ("03", "notes")}).write(directory)
     for name, policy in {
         "latest_two": "latest { num_versions: 2 }",

@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from google.protobuf import text_format
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from penstock import pb
 from penstock.batching import DEPARTURES, Batcher
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
-from penstock.model_config import BatchPolicy
+from penstock.model_config import batch_policy
 from penstock.queueing import Pending
 from penstock.runtime import PLENTY, Cancelled
 from penstock.tensor import FP32, Tensor
@@ -28,27 +30,30 @@ GONE = ServingError(Kind.CANCELLED, "gone")
 OPERATORS: dict[str, int] = {"Add": 2, "Mul": 2, "Sub": 2, "Relu": 1, "Neg": 1, "Abs": 1, "Floor": 1, "Max": 2}
 
 
-def chain(path: Path, operators: list[str]) -> Path:
-    """A model that applies the operators one after the other: V0 = X, V<n> = operator(V<n-1>[, Z]); outputs Y and W."""
+def chain(path: Path, operators: list[str], axes: list[str | int | None], *, optional: bool = False) -> Path:
+    """A model that applies the operators one after the other: V0 = X, V<n> = operator(V<n-1>[, Z]), of which Y is the
+    last. W are the sums of the rows of X Z. X and Z have the `axes`; an `optional` Z is 0.5 where it is not given."""
     nodes = [
         helper.make_node(name, [f"V{number}", "Z"][: OPERATORS[name]], [f"V{number + 1}"])
         for number, name in enumerate(operators)
     ]
-    shape: list[str | int | None] = ["batch", 3]
+    rows = len(axes) > 1
+    outputs = [("Y", axes)] + ([("W", ["batch", 1])] if rows else [])
+    constants = [numpy_helper.from_array(np.array([1], np.int64), "axis")]
+    if optional:
+        constants.append(numpy_helper.from_array(np.full((1, 3), 0.5, np.float32), "Z"))
     graph = helper.make_graph(
         [
             helper.make_node("Identity", ["X"], ["V0"]),
             *nodes,
             helper.make_node("Identity", [f"V{len(operators)}"], ["Y"]),
-            helper.make_node("ReduceSum", ["V0", "axis"], ["W"], keepdims=1),
+            helper.make_node("Mul", ["V0", "Z"], ["kept"]),
+            *([helper.make_node("ReduceSum", ["kept", "axis"], ["W"], keepdims=1)] if rows else []),
         ],
         "chain",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("X", "Z")],
-        [
-            helper.make_tensor_value_info("Y", TensorProto.FLOAT, shape),
-            helper.make_tensor_value_info("W", TensorProto.FLOAT, ["batch", 1]),
-        ],
-        [numpy_helper.from_array(np.array([1], np.int64), "axis")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name in ("X", "Z")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs],
+        constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, path / "m.onnx")
@@ -59,27 +64,20 @@ def sent(inputs: dict[str, NDArray[np.float32]], outputs: list[str]) -> Pending:
     return Pending(request(inputs, outputs), lambda result, final=True, partial=False: PLENTY, Cancelled(), 0)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    operators=st.lists(st.sampled_from([*OPERATORS]), min_size=1, max_size=4),
-    mix=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([[], ["Y"], ["W", "Y"]])), min_size=1, max_size=8),
-    seed=st.integers(0, 2**16),
-)
-def test_batched_equals_unbatched_bit_for_bit(
-    tmp_path: Path, operators: list[str], mix: list[tuple[int, list[str]]], seed: int
-) -> None:
-    instance = load(chain(tmp_path, operators))
-    random = np.random.default_rng(seed)
-    batcher = Batcher(BatchPolicy(8), dict.fromkeys(DEPARTURES, 0))
-    waiting = [
-        sent({name: random.normal(size=(rows, 3)).astype(np.float32) for name in ("X", "Z")}, outputs)
-        for rows, outputs in mix
-    ]
+def share_batches(instance: OnnxInstance, text: str, waiting: list[Pending]) -> int:
+    """Run the requests in the batches that a batcher of this configuration makes of them, and each of them alone, and
+    compare the answers to the bit. Gives the number of batches."""
+    config = pb.ModelConfig(backend="onnxruntime")
+    text_format.Merge(text, config, descriptor_pool=pb.POOL)
+    policy = batch_policy(config)
+    assert policy is not None
+    batcher = Batcher(policy, dict.fromkeys(DEPARTURES, 0))
     for pending in waiting:
         batcher.add(pending, now_ns=0)
-    together: list[InferResponse | ServingError] = []
+    batches, together = 0, list[InferResponse | ServingError]()
     while batch := batcher.take(now_ns=0):
         together += instance.execute([pending.request for pending in batch])
+        batches += 1
     assert len(together) == len(waiting)
     for pending, answer in zip(waiting, together, strict=True):
         [alone] = instance.execute([pending.request])
@@ -89,6 +87,99 @@ def test_batched_equals_unbatched_bit_for_bit(
         for batched, single in zip(answer.outputs, alone.outputs, strict=True):
             assert batched.array.shape == single.array.shape
             assert batched.array.tobytes() == single.array.tobytes()
+    return batches
+
+
+MODELS = st.lists(st.sampled_from([*OPERATORS]), min_size=1, max_size=4)
+ASKED = st.sampled_from([[], ["Y"], ["W", "Y"]])
+random_models = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BATCHED = "max_batch_size: 8 dynamic_batching { preferred_batch_size: 8 }"
+XZ = "".join(f'input {{ name: "{name}" data_type: TYPE_FP32 dims: %s }}' for name in "XZ")
+YW = """output { name: "Y" data_type: TYPE_FP32 dims: %s } output { name: "W" data_type: TYPE_FP32 dims: 1 }"""
+
+
+@random_models
+@given(operators=MODELS, mix=st.lists(st.tuples(st.integers(0, 5), ASKED), min_size=1, max_size=8), seed=st.integers(0))
+def test_batched_equals_unbatched_bit_for_bit(
+    tmp_path: Path, operators: list[str], mix: list[tuple[int, list[str]]], seed: int
+) -> None:
+    text = BATCHED + XZ % (3, 3) + YW % 3
+    instance = load(chain(tmp_path, operators, ["batch", 3]), text)
+    random = np.random.default_rng(seed)
+    waiting = [
+        sent({name: random.normal(size=(rows, 3)).astype(np.float32) for name in ("X", "Z")}, outputs)
+        for rows, outputs in mix
+    ]
+    share_batches(instance, text, waiting)
+
+
+@random_models
+@given(
+    operators=MODELS,
+    mix=st.lists(st.tuples(st.integers(1, 5), st.booleans(), ASKED), min_size=1, max_size=8),
+    seed=st.integers(0),
+)
+def test_with_and_without_an_optional_input_batched_equals_unbatched(
+    tmp_path: Path, operators: list[str], mix: list[tuple[int, bool, list[str]]], seed: int
+) -> None:
+    text = BATCHED + (XZ % (3, 3)).replace("3 }", "3 optional: true }").replace("3 optional: true }", "3 }", 1) + YW % 3
+    instance = load(chain(tmp_path, operators, ["batch", 3], optional=True), text)
+    random = np.random.default_rng(seed)
+    waiting = [
+        sent({name: random.normal(size=(rows, 3)).astype(np.float32) for name in ("X", "Z")[: 1 + has_both]}, outputs)
+        for rows, has_both, outputs in mix
+    ]
+    share_batches(instance, text, waiting)
+
+
+@random_models
+@given(
+    operators=MODELS,
+    mix=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=8),
+    seed=st.integers(0),
+)
+def test_ragged_batched_equals_unbatched(
+    tmp_path: Path, operators: list[str], mix: list[tuple[int, int]], seed: int
+) -> None:
+    ragged = (XZ % (-1, -1)).replace("dims: -1", "dims: -1 allow_ragged_batch: true")
+    scattered = """
+    output { name: "Y" data_type: TYPE_FP32 dims: -1 }
+    batch_output { target_name: "Y" kind: BATCH_SCATTER_WITH_INPUT_SHAPE source_input: "X" }
+    """
+    instance = load(chain(tmp_path, operators, ["all"]), BATCHED + ragged + scattered)
+    random = np.random.default_rng(seed)
+    waiting = [sent({name: random.normal(size=shape).astype(np.float32) for name in ("X", "Z")}, []) for shape in mix]
+    batches = share_batches(instance, BATCHED + ragged, waiting)
+    if all(length for _, length in mix):  # whatever the lengths are: rows alone fill a batch
+        assert batches == 1 or sum(rows for rows, _ in mix) > 8
+
+
+@random_models
+@given(
+    operators=MODELS,
+    mix=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 9)), min_size=1, max_size=8),
+    buckets=st.sampled_from(["", "4,8"]),
+    asked=ASKED,
+    seed=st.integers(0),
+)
+def test_padded_equals_unpadded_where_the_model_masks(
+    tmp_path: Path, operators: list[str], mix: list[tuple[int, int]], buckets: str, asked: list[str], seed: int
+) -> None:
+    """Z is the mask: padded with 0. Whole numbers above 0 have sums that are exact whatever is added up first, and that
+    no padding changes: -0 with a 0 beside it is 0."""
+    values = {"X.axis": "1", "X.value": "7", "Z.axis": "1"} | ({f"{name}.buckets": buckets for name in "XZ" if buckets})
+    stated = "".join(
+        f'parameters {{ key: "pad.{key}" value {{ string_value: "{value}" }} }}' for key, value in values.items()
+    )
+    text = BATCHED + XZ % (-1, -1) + YW % -1 + stated
+    instance = load(chain(tmp_path, operators, ["batch", "length"]), text)
+    random = np.random.default_rng(seed)
+    waiting = [
+        sent({name: random.integers(1, 9, shape).astype(np.float32) for name in ("X", "Z")}, asked) for shape in mix
+    ]
+    batches = share_batches(instance, text, waiting)
+    if not buckets and all(length for _, length in mix):
+        assert batches == 1 or sum(rows for rows, _ in mix) > 8
 
 
 # -- ending a run

@@ -1,7 +1,7 @@
 """The dynamic batcher: which waiting requests run together now, or when to look again."""
 
 from penstock.messages import InferRequest
-from penstock.model_config import BatchPolicy
+from penstock.model_config import BatchPolicy, Padding
 from penstock.queueing import Pending, PriorityQueue
 
 # Why a batch left, in the order in which the reasons are looked for.
@@ -28,6 +28,10 @@ class Batcher:
         self._policy = policy
         self._queue = PriorityQueue(policy.levels, policy.default_level)
         self._departures = departures
+        paddings: dict[str, Padding | None] = {padding.input: padding for padding in policy.paddings}
+        lenient = paddings | dict.fromkeys(policy.ragged)
+        # Where an input stands among those that vary, if not all of its shape must be equal.
+        self._lenient = [(place, lenient[name]) for place, name in enumerate(policy.varying) if name in lenient]
         self._largest_preferred = max(policy.preferred_rows, default=policy.max_rows)
 
     def __len__(self) -> int:
@@ -59,10 +63,15 @@ class Batcher:
         if not request.rows:
             return None
         inputs = request.inputs
-        shapes = tuple(
-            [inputs[name].array.shape[1:] if name in inputs else None for name in self._policy.varying]
-        )  # a list is faster to make than a generator is to run
-        return None if any(shape and 0 in shape for shape in shapes) else shapes
+        shapes: list[tuple[int, ...] | None] = [
+            inputs[name].array.shape[1:] if name in inputs else None for name in self._policy.varying
+        ]  # a list is faster to make than a generator is to run
+        if any(shape and 0 in shape for shape in shapes):
+            return None
+        for place, padding in self._lenient:
+            if shape := shapes[place]:
+                shapes[place] = padding.kind(shape) if padding else ()
+        return tuple(shapes)
 
     def _form(self, now_ns: int) -> tuple[list[Pending], str, int | None]:
         """What leaves next, why ("": not yet), and when; None: not before something changes."""

@@ -49,6 +49,13 @@ def _departures(model: Model) -> list[Series]:
     return [("", {"reason": reason}, number) for reason, number in model.statistics.departures.items()]
 
 
+def _padded(model: Model) -> list[Series]:
+    """Of models that pad only."""
+    parts = model.statistics.padded
+    numbers = {"data": sum(part.data for part in parts), "padding": sum(part.padding for part in parts)}
+    return [("", {"of": what}, number) for what, number in numbers.items()] if parts else []
+
+
 def _histogram(
     name: str, help: str, choose: Callable[[Histograms], Histogram], unit: float = 1, option: str = ""
 ) -> Family:
@@ -266,6 +273,12 @@ FAMILIES = (
         "gauge",
         "Main memory of a version's own processes",
         lambda model: [("", {}, memory_bytes)] if (memory_bytes := model.memory_bytes) else [],
+    ),
+    Family(
+        "penstock_padded_elements_total",
+        "counter",
+        "Elements of inputs that are padded: data that requests sent, and what it was filled up with",
+        _padded,
     ),
     _histogram(
         "penstock_batch_wait_seconds",

@@ -19,7 +19,7 @@ from penstock.model_config import RateLimit, Signature, TensorSpec
 from penstock.queueing import Fifo, Pending, Scheduler
 from penstock.rate import RateLimiter
 from penstock.replies import InOrder, Whole
-from penstock.runtime import Instance, Measured, ModelFiles
+from penstock.runtime import Instance, Measured, ModelFiles, Pads
 from penstock.statistics import FIRST_RESPONSE_MS, Execution, Histogram, Outcome, Statistics
 from penstock.tensor import BYTES, Tensor, objects
 
@@ -74,7 +74,8 @@ class Model:
         self.devices: tuple[str, ...] = tuple(dict.fromkeys(devices or [instance.device for instance in instances]))
         self.decoupled = loaded.config.model_transaction_policy.decoupled
         self.batching = model_config.batch_policy(loaded.config)
-        self.statistics = Statistics()
+        pads = [instance.padded for instance in instances if isinstance(instance, Pads)]
+        self.statistics = Statistics(padded=tuple(padded for padded in pads if padded is not None))
         self._lose_device = lose_device
         self.statistics.histograms.first_response = Histogram(first_response_buckets(loaded.config))
         self._cache = response_cache if loaded.config.response_cache.enable else None

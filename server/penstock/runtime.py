@@ -15,6 +15,7 @@ from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse, RequestedOutput
 from penstock.model_config import Choice, Signature
+from penstock.statistics import Padded
 from penstock.tensor import Tensor
 
 GROUP = "penstock.runtimes"
@@ -214,6 +215,13 @@ class Measured(Protocol):
 
     def memory_bytes(self) -> int:
         """Bytes of main memory; 0 where there is none at the moment."""
+
+
+@runtime_checkable
+class Pads(Protocol):
+    """An instance that may fill inputs up, so that more requests share a batch."""
+
+    padded: Padded | None  # what it filled up; None where its model is not padded
 
 
 class Runtime(Protocol):

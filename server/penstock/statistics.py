@@ -129,6 +129,14 @@ class Histograms:
 
 
 @dataclass(slots=True)
+class Padded:
+    """Elements of the inputs that an instance pads. Written by the thread that it runs on."""
+
+    data: int = 0  # that requests sent
+    padding: int = 0  # that they were filled up with
+
+
+@dataclass(slots=True)
 class Statistics:
     """Counts of one loaded version, written once per batch under one lock. Statistics extension, response fields."""
 
@@ -147,6 +155,7 @@ class Statistics:
     responses: dict[int, ResponseStatistics] = field(default_factory=dict)  # of a decoupled model, by place
     failures: dict[str, int] = field(default_factory=lambda: {"REJECTED": 0, "CANCELED": 0, "BACKEND": 0, "OTHER": 0})
     departures: dict[str, int] = field(default_factory=dict)  # of batches, by reason; written by the scheduler
+    padded: tuple[Padded, ...] = ()  # of the instances that pad, each written by its own
     histograms: Histograms = field(default_factory=Histograms)
     summaries: Summaries | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

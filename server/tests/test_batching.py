@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from penstock.batching import DEPARTURES, LEAD_NS, Batcher
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest
-from penstock.model_config import BatchPolicy, QueuePolicy
+from penstock.model_config import BatchPolicy, Padding, QueuePolicy
 from penstock.queueing import Pending
 from penstock.runtime import Cancelled
 from penstock.tensor import FP32, Tensor
@@ -123,6 +123,34 @@ def test_requests_of_different_shapes_never_share_a_batch() -> None:
 def test_requests_with_different_optional_inputs_never_share_a_batch() -> None:
     made = bench(sent("a"), sent("b", without="Z"), sent("c", without="Z"))
     assert (made.take(), made.take()) == (["a"], ["b", "c"])
+
+
+def test_ragged_inputs_share_a_batch_whatever_their_shapes_but_not_when_empty() -> None:
+    policy = BatchPolicy(8, varying=("X", "Z"), ragged=("X", "Z"))
+    made = Bench(sent("a", 1, 2), sent("b", 1, 3), sent("empty", 1, 0), sent("c", 2, 1), policy=policy)
+    assert (made.take(), made.take(), made.take()) == (["a", "b"], ["empty"], ["c"])
+
+
+def test_only_the_inputs_that_are_ragged_may_differ() -> None:
+    made = Bench(sent("a", 1, 2), sent("b", 1, 3), policy=BatchPolicy(8, varying=("X", "Z"), ragged=("X",)))
+    assert (made.take(), made.take()) == (["a"], ["b"])
+
+
+def test_padded_inputs_share_a_batch_if_nothing_but_their_length_differs() -> None:
+    paddings = tuple(Padding(name, 2, 0) for name in ("X", "Z"))
+    waiting = [sent("a", 1, 3, 5), sent("b", 2, 3, 9), sent("c", 1, 4, 5), sent("d", 1, 4, 6, without="Z")]
+    made = Bench(*waiting, policy=BatchPolicy(8, varying=("X", "Z"), paddings=paddings))
+    assert (made.take(), made.take(), made.take()) == (["a", "b"], ["c"], ["d"])
+
+
+def test_with_buckets_those_of_one_bucket_share_a_batch() -> None:
+    paddings = tuple(Padding(name, 1, 0, (4, 8)) for name in ("X", "Z"))
+    waiting = [sent(str(length), 1, length) for length in (1, 4, 5, 8, 7, 3, 9, 9, 10)]
+    made = Bench(*waiting, policy=BatchPolicy(8, varying=("X", "Z"), paddings=paddings))
+    batches = []
+    while batch := made.take():
+        batches.append(batch)
+    assert batches == [["1", "4"], ["5", "8", "7"], ["3"], ["9", "9"], ["10"]]
 
 
 @pytest.mark.parametrize("empty", [sent("empty", 0), sent("empty", 1, 0), sent("empty", 2, 3, 0)])

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from penstock import control
+from penstock import control, gpu_metrics
 from penstock.batching import DEPARTURES
 from penstock.engine import Engine
+from penstock.job_api import metrics as job_metrics
 from penstock.metrics import CACHE_GAUGES, FAMILIES, render
 from penstock.process_metrics import ProcessMetrics
 from penstock.settings import Settings
@@ -185,14 +186,17 @@ BOARD = json.loads((Path(__file__).parents[1] / "docs" / "grafana.json").read_te
 ASKED = [target["expr"] for panel in BOARD["panels"] for target in panel.get("targets", [])]
 # What there is only once, and by which names it is told.
 OF_PROCESS = set(re.findall(r"^# TYPE (\S+)", ProcessMetrics(True, 0).render(), re.MULTILINE))
+OF_JOBS = {family.name for family in job_metrics.FAMILIES} | {job_metrics.ATTEMPTS, job_metrics.UP}
+OF_GPUS = {gauge.name for gauge in (*gpu_metrics.GAUGES, gpu_metrics.ENERGY)}
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("", "_sum", "_count")}
     known = {f"{family.name}{suffix}" for family in FAMILIES for suffix in suffixes.get(family.type, ("",))}
     cache = {f"nv_cache_{name}" for name, *_ in CACHE_GAUGES}
+    elsewhere = OF_JOBS | OF_GPUS
     asked = {name for text in ASKED for name in re.findall(r"(?:nv|penstock|process)_\w+", text)}
-    assert asked <= known | OF_PROCESS | cache
+    assert asked <= known | OF_PROCESS | cache | elsewhere
 
 
 def test_the_dashboard_shows_every_metric() -> None:
@@ -203,7 +207,7 @@ def test_the_dashboard_shows_every_metric() -> None:
     )
     missing = [family.name for family in FAMILIES if family.name not in shown and not instead.fullmatch(family.name)]
     assert missing == []
-    assert {name for name in OF_PROCESS if name not in shown} == set()
+    assert {name for name in OF_PROCESS | OF_JOBS | OF_GPUS if name not in shown} == set()
 
 
 def test_labels_are_escaped(tmp_path: Path) -> None:

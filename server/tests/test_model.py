@@ -15,7 +15,7 @@ from penstock.messages import InferRequest, InferResponse
 from penstock.model import INLINE_CALLS, PROBE_BYTES, Model
 from penstock.rate import RateLimiter
 from penstock.runtime import Cancelled, Credit, Reply
-from penstock.statistics import Duration
+from penstock.statistics import Duration, Padded
 from penstock.tensor import BYTES, FP32, Tensor, objects
 
 from .fakes import (
@@ -340,6 +340,21 @@ def test_devices_are_named_once_each() -> None:
     made = model(*(EchoInstance(device=device) for device in ("cuda:0", "cpu", "cuda:0")))
     close(made)
     assert made.devices == ("cuda:0", "cpu")
+
+
+class PaddingInstance(EchoInstance):
+    """Says that it filled up inputs."""
+
+    def __init__(self, padded: Padded | None) -> None:
+        super().__init__()
+        self.padded = padded
+
+
+def test_instances_that_pad_count_it_among_the_models_numbers() -> None:
+    padding, plain = PaddingInstance(Padded(data=3, padding=1)), PaddingInstance(None)
+    made = model(padding, plain, EchoInstance())
+    close(made)
+    assert made.statistics.padded == (padding.padded,)
 
 
 # -- batching

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -15,6 +16,7 @@ from penstock.model_config import (
     FIELDS,
     BatchPolicy,
     InstanceGroup,
+    Padding,
     QueuePolicy,
     Support,
     TensorSpec,
@@ -698,12 +700,9 @@ def test_every_row_is_a_field_and_says_what_its_reader_needs() -> None:
 REFUSED = {
     "runtime": 'runtime: "x.so"',
     "input.is_shape_tensor": "input { is_shape_tensor: true }",
-    "input.allow_ragged_batch": "input { allow_ragged_batch: true }",
     "input.is_non_linear_format_io": "input { is_non_linear_format_io: true }",
     "output.is_shape_tensor": "output { is_shape_tensor: true }",
     "output.is_non_linear_format_io": "output { is_non_linear_format_io: true }",
-    "batch_input": "batch_input { }",
-    "batch_output": "batch_output { }",
     "optimization.priority": "optimization { priority: PRIORITY_MAX }",
     "optimization.cuda.graphs": "optimization { cuda { graphs: true } }",
     "optimization.cuda.busy_wait_events": "optimization { cuda { busy_wait_events: true } }",
@@ -752,16 +751,23 @@ def test_what_only_some_backends_can_do_is_refused_for_the_others() -> None:
     assert refuse_unsupported(parsed(text % "handler")) == []
     with pytest.raises(ServingError, match=r"field 'model_transaction_policy\.decoupled' is not supported: .* once$"):
         refuse_unsupported(parsed(text % "onnxruntime"))
+    ragged = 'name: "m" backend: "%s" input { allow_ragged_batch: true } batch_input { data_type: TYPE_INT32 }'
+    assert refuse_unsupported(parsed(ragged % "onnxruntime")) == []
+    with pytest.raises(ServingError, match=r"'input\.allow_ragged_batch' .*; config field 'batch_input\.data_type' is"):
+        refuse_unsupported(parsed(ragged % "handler"))
 
 
 def test_all_refusals_come_at_once_and_each_field_once() -> None:
     with pytest.raises(ServingError) as caught:
         refuse_unsupported(
-            parsed('name: "m" input { allow_ragged_batch: true } input { allow_ragged_batch: true } runtime: "x"')
+            parsed(
+                'name: "m" cc_model_filenames { key: "a" value: "" } cc_model_filenames { key: "b" value: "" } '
+                'runtime: "x"'
+            )
         )
     assert caught.value.message == (
         "model 'm': config field 'runtime' is not supported: names a shared library of Triton; a runtime is found by "
-        "`backend`; config field 'input.allow_ragged_batch' is not supported yet"
+        "`backend`; config field 'cc_model_filenames' is not supported yet"
     )
 
 
@@ -840,9 +846,73 @@ def test_instance_groups_are_plain_records() -> None:
     )
 
 
+def test_a_batch_policy_knows_ragged_and_padded_inputs() -> None:
+    policy = batch_policy(
+        parsed(
+            """
+            name: "m" backend: "onnxruntime" max_batch_size: 8 dynamic_batching { }
+            input { name: "ragged" data_type: TYPE_FP32 dims: -1 allow_ragged_batch: true }
+            input { name: "padded" data_type: TYPE_INT64 dims: [ 2, -1 ] }
+            parameters { key: "pad.padded.axis" value { string_value: "2" } }
+            """
+        )
+    )
+    assert policy is not None
+    assert (policy.varying, policy.ragged) == (("ragged", "padded"), ("ragged",))
+    assert policy.paddings == (Padding("padded", 2, np.int64(0)),)
+
+
 def test_without_dynamic_batching_there_is_no_batch_policy() -> None:
     assert batch_policy(parsed(SIMPLE)) is None
     assert batch_policy(parsed("max_batch_size: 8 sequence_batching { }")) is None
+
+
+RAGGED = """
+name: "m" backend: "onnxruntime" max_batch_size: 4 instance_group { count: 1 kind: KIND_CPU }
+input { name: "x" data_type: TYPE_FP32 dims: -1 allow_ragged_batch: true }
+input { name: "z" data_type: TYPE_FP32 dims: -1 optional: true }
+output { name: "y" data_type: TYPE_FP32 dims: -1 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_input { kind: 9 }", "unknown batch input kind '9'"),
+        ("batch_input { }", "batch input kind 'BATCH_ELEMENT_COUNT' expects 1 source input, got 0"),
+        (
+            'batch_input { kind: BATCH_ITEM_SHAPE source_input: ["x", "x"] }',
+            "batch input kind 'BATCH_ITEM_SHAPE' expects 1 source input, got 2",
+        ),
+        (
+            'batch_input { source_input: "x" data_type: TYPE_INT64 }',
+            "batch input data type must be TYPE_INT32 or TYPE_FP32",
+        ),
+        ('batch_input { source_input: "w" data_type: TYPE_INT32 }', "unknown source input name 'w'"),
+        (
+            'batch_input { source_input: "z" data_type: TYPE_INT32 }',
+            "batch input kind 'BATCH_ELEMENT_COUNT' needs 'z', which is optional",
+        ),
+        (
+            'batch_input { source_input: "x" data_type: TYPE_INT32 target_name: ["c", "c"] }',
+            "target input name 'c' can only be specified once",
+        ),
+        ("batch_output { kind: 9 }", "unknown batch output kind '9'"),
+        ("batch_output { }", "batch output kind 'BATCH_SCATTER_WITH_INPUT_SHAPE' expects 1 source input, got 0"),
+        ('batch_output { source_input: "w" }', "unknown source input name 'w'"),
+        ('batch_output { source_input: "x" target_name: "w" }', "unknown target output name 'w'"),
+        (
+            'batch_output { source_input: "x" target_name: ["y", "y"] }',
+            "target output name 'y' can only be specified once",
+        ),
+    ],
+)
+def test_what_is_computed_from_a_batch_is_checked_once_the_inputs_are_known(text: str, message: str) -> None:
+    config = parsed(RAGGED + text)
+    validate(config)
+    with pytest.raises(ServingError) as caught:
+        validate(config, complete=True)
+    assert (caught.value.kind, caught.value.message) == (Kind.INVALID, message)
 
 
 def test_a_batch_policy_has_nanoseconds_and_a_queue_policy_for_each_level() -> None:

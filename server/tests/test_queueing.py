@@ -1,6 +1,8 @@
 """Requests leave in the order of their arrival, unless nobody wants them any more."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from penstock.errors import Kind, ServingError
 from penstock.model_config import QueuePolicy
 from penstock.queueing import Fifo, Pending, PriorityQueue
@@ -170,3 +172,55 @@ def test_what_does_not_wait_cannot_be_dropped() -> None:
     queue = PriorityQueue([QueuePolicy()])
     filled(queue, one := sent())
     assert (queue.drop(one), queue.drop(one), queue.drop(sent()), len(queue)) == (True, False, False, 0)
+
+
+POLICIES = st.lists(
+    st.builds(QueuePolicy, timeout_ns=st.sampled_from([0, 10]), delays=st.booleans(), max_size=st.integers(0, 3)),
+    min_size=1,
+    max_size=3,
+)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 4)),  # a priority
+        st.tuples(st.just("look"), st.just(0)),
+        st.tuples(st.just("drop"), st.integers(0, 30)),  # one of those that were ever added
+    ),
+    max_size=50,
+)
+
+
+@given(policies=POLICIES, default=st.integers(0, 2), steps=STEPS)
+def test_no_interleaving_loses_repeats_or_reorders_what_waits(
+    policies: list[QueuePolicy], default: int, steps: list[tuple[str, int]]
+) -> None:
+    """Held against lists: by level those in time, in the order of their arrival, then those that were found late."""
+    default %= len(policies)
+    queue = PriorityQueue(policies, default)
+    levels: list[tuple[list[Pending], list[Pending]]] = [([], []) for _ in policies]
+    added: list[Pending] = []
+    for now_ns, (step, number) in enumerate(steps):
+        waiting = [one for level in levels for one in (*level[0], *level[1])]
+        if step == "add":
+            place = number - 1 if 0 < number <= len(policies) else default
+            room = policies[place].max_size
+            one = sent(priority=number)
+            if room and sum(map(len, levels[place])) >= room:
+                with pytest.raises(ServingError):
+                    queue.add(one, now_ns)
+            else:
+                queue.add(one, now_ns)
+                levels[place][0].append(one)
+                added.append(one)
+        elif step == "drop" and added:
+            one = added[number % len(added)]
+            assert queue.drop(one) == (one in waiting)
+            for part in (part for level in levels for part in level if one in part):
+                part.remove(one)
+        else:
+            for timely, late in levels:
+                moving = [one for one in timely if 0 < one.moves_ns <= now_ns]
+                timely[:] = [one for one in timely if one not in moving]
+                late += moving
+            expected = [one for level in levels for one in (*level[0], *level[1])]
+            assert list(queue.ordered(now_ns)) == expected
+        assert len(queue) == sum(len(part) for level in levels for part in level)

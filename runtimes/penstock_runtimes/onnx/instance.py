@@ -14,8 +14,9 @@ from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import signature
 from penstock.runtime import Cancelled, Reply
-from penstock.tensor import BF16, BYTES, Array, Tensor, join, objects, split
+from penstock.tensor import BF16, BYTES, Array, Tensor, join, objects
 
+from penstock_runtimes.onnx.assembly import Assembly, Rows
 from penstock_runtimes.onnx.binding import Binding
 from penstock_runtimes.onnx.faults import Context
 from penstock_runtimes.onnx.idle import SHRINKAGE, Rest
@@ -26,6 +27,7 @@ from penstock_runtimes.onnx.signature import Key, OnnxSignature, OnnxTensor
 logger = logging.getLogger(__name__)
 
 BFLOAT16 = 16  # TensorProto.DataType
+INDIVISIBLE_RUNS = 3  # in a row, and requests are not joined any more
 
 Convert: TypeAlias = Callable[[Any], Any]
 
@@ -46,6 +48,7 @@ class OnnxInstance:
         config: pb.ModelConfig,
         found: OnnxSignature,
         run_options: Callable[[], Any] | None = None,
+        assembly: Assembly | None = None,
         binding: Binding | None = None,
         memory: Memory | None = None,
         context: Context | None = None,
@@ -53,6 +56,7 @@ class OnnxInstance:
     ) -> None:
         """`config` is complete and agrees with what was `found` in the file; `run_options` makes those of a run.
 
+        `assembly` is what makes a batch of requests; None where that is their rows.
         With a `binding`, tensors lie on the device. The instance owns it and the `memory` from now on.
         After `rest_ns` without a run it is to be asked to `shrink`; 0 for never.
         """
@@ -63,6 +67,10 @@ class OnnxInstance:
         self._run_options = None if run_options is None else run_options()  # of runs that are not to be ended
         self._model = config.name
         self._batched = config.max_batch_size > 0
+        self._indivisible = 0  # batches in a row whose outputs could not be divided
+        self._assembly = assembly or Rows(join if binding is None else binding.join)
+        self.padded = self._assembly.padded
+        divided = {target for entry in config.batch_output for target in entry.target_name}
         seen = signature(config)
         self._datatypes = {name: spec.datatype for name, spec in seen.outputs.items()}
         self._names = list(seen.outputs)
@@ -72,7 +80,9 @@ class OnnxInstance:
         for entry in config.input:
             steps: list[Convert] = []
             spec = seen.inputs[entry.name]
-            if entry.HasField("reshape"):
+            if entry.allow_ragged_batch:
+                pass  # it is flat, whatever its shape was
+            elif entry.HasField("reshape"):
                 steps.append(_reshape(spec.dims, entry.reshape.shape, self._batched))
             elif len(_given(found, entry.name).shape) != len(spec.shape):
                 steps.append(_to_shape(()))  # a scalar that the configuration calls [1]
@@ -89,7 +99,9 @@ class OnnxInstance:
                 steps.append(_columns(given, config.name))
             if spec.datatype is BYTES:
                 steps.append(_encode_strings)
-            if output.HasField("reshape"):
+            if output.name in divided:
+                pass  # it gets its shape when it is divided
+            elif output.HasField("reshape"):
                 steps.append(_reshape(output.reshape.shape, spec.dims, self._batched))
             elif len(given.shape) != len(spec.shape):
                 steps.append(_to_shape((1,)))
@@ -98,7 +110,6 @@ class OnnxInstance:
         self._session = session if binding is None else binding
         self._binding = binding
         self._memory = memory
-        self._join = join if binding is None else binding.join
         self._context = context or Context()
         self.rest_ns = rest_ns
         self._rest = Rest(rest_ns, device) if rest_ns else None
@@ -174,23 +185,42 @@ class OnnxInstance:
             return error
 
     def _run_one(self, request: InferRequest, options: Any) -> InferResponse:
+        if self._assembly.changes_one:
+            [answer] = self._run_joined([request], options)
+            return answer
         names = list(request.outputs) or self._names
         feed = {name: tensor.array for name, tensor in request.inputs.items()}
         return self._response(request, names, self._run(names, feed, options))
 
-    def _run_joined(self, batch: Sequence[InferRequest], options: Any) -> list[InferResponse | ServingError]:
-        feed = {name: self._join([request.inputs[name].array for request in batch]) for name in batch[0].inputs}
+    def _run_joined(self, batch: Sequence[InferRequest], options: Any) -> list[InferResponse]:
+        assembly = self._assembly
+        feed = assembly.gather(batch)
         names = self._names
         if all(request.outputs for request in batch):
             asked = {name for request in batch for name in request.outputs}
             names = [name for name in names if name in asked]
-        rows = [request.rows for request in batch]
-        parts = {name: split(array, rows) for name, array in zip(names, self._run(names, feed, options), strict=True)}
-        answers: list[InferResponse | ServingError] = []
+        arrays = self._run(names, feed, options)
+        try:
+            parts = {name: assembly.scatter(batch, name, array) for name, array in zip(names, arrays, strict=True)}
+        except ServingError as error:
+            if len(batch) == 1:
+                raise
+            self._note_indivisible(error)
+            raise ServingError(Kind.INVALID, error.message) from error
+        if len(batch) > 1:
+            self._indivisible = 0
+        answers = []
         for number, request in enumerate(batch):
             chosen = list(request.outputs) or names
             answers.append(self._response(request, chosen, [parts[name][number] for name in chosen]))
         return answers
+
+    def _note_indivisible(self, error: ServingError) -> None:
+        """The outputs of a batch do not say whose they are. Where that is the rule, to join requests is lost work."""
+        self._indivisible += 1
+        if self._indivisible == INDIVISIBLE_RUNS:
+            self._batched = False
+            logger.warning("model %s: %s; its requests run one by one from now on", self._model, error.message)
 
     def _run(self, names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
         for name, convert in self._to_model.items():

@@ -9,7 +9,7 @@ from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.runtime import Host, Instance, ModelFiles, Placement
 
-from penstock_runtimes.onnx import binding, idle, memory, parameters, providers, session, signature
+from penstock_runtimes.onnx import assembly, binding, idle, memory, parameters, providers, session, signature
 from penstock_runtimes.onnx.binding import Binding
 from penstock_runtimes.onnx.faults import Context
 from penstock_runtimes.onnx.idle import Shrinker
@@ -94,8 +94,18 @@ class OnnxRuntime:
         rest_ns = idle.after_ns(given)
         bound = self._bind(config, opened)
         options = session.run_options(given, opened.device, bound is not None)
+        made = assembly.of(config, opened.found, files.note)
         instance = OnnxInstance(
-            opened.session, opened.device, config, opened.found, options, bound, opened.memory, self._context, rest_ns
+            opened.session,
+            opened.device,
+            config,
+            opened.found,
+            options,
+            made,
+            bound,
+            opened.memory,
+            self._context,
+            rest_ns,
         )
         if rest_ns:
             self._shrinker.add(instance)

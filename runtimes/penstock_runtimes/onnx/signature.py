@@ -215,16 +215,20 @@ def _datatype(given: OnnxTensor, model: str, what: What) -> Datatype:
 
 def check(config: pb.ModelConfig, found: OnnxSignature) -> None:
     """Raise ServingError where a complete configuration and the file disagree (the checks of Triton's ONNX backend)."""
-    required = [entry for entry in config.input if not entry.optional]
-    if len(required) != len(found.inputs):
+    computed = [(target, entry) for entry in config.batch_input for target in entry.target_name]
+    expected = len([entry for entry in config.input if not entry.optional]) + len(computed)
+    if expected != len(found.inputs):
         raise ServingError(
             Kind.INVALID,
-            f"unable to load model '{config.name}', configuration expects {len(required)} inputs, "
+            f"unable to load model '{config.name}', configuration expects {expected} inputs, "
             f"model provides {len(found.inputs)}",
         )
+    for name, made in computed:
+        _check_computed(config, name, made, _find(name, "input", found.inputs))
     for entry in config.input:
-        if entry.optional and config.max_batch_size:
-            raise ServingError(
+        given = found.overridable.get(entry.name)
+        if entry.optional and config.max_batch_size and given and given.shape[:1] != (-1,):
+            raise ServingError(  # Triton's text for all of them; one with a batch axis is no trouble to ONNX Runtime
                 Kind.INVALID,
                 f"unable to load model '{config.name}', optional input '{entry.name}' is not supported for models "
                 "that support batching",
@@ -237,23 +241,66 @@ def check(config: pb.ModelConfig, found: OnnxSignature) -> None:
 def _check_tensor(
     config: pb.ModelConfig, what: What, entry: pb.ModelInput | pb.ModelOutput, found: dict[str, OnnxTensor]
 ) -> None:
-    given = found.get(entry.name)
-    if given is None:
+    given = _find(entry.name, what, found)
+    _check_datatype(config, what, entry.data_type, given)
+    if isinstance(entry, pb.ModelInput) and entry.allow_ragged_batch:
+        if given.shape != (-1,):
+            raise ServingError(
+                Kind.INVALID,
+                f"unable to load model '{config.name}', configuration expects model provides input with shape [-1]  "
+                f"for ragged input '{entry.name}', model provides {show(given.shape)}",
+            )
+        return
+    if any(entry.name in scattered.target_name for scattered in config.batch_output):
+        _check_scattered(config, entry)
+        return
+    dims = list(entry.reshape.shape if entry.HasField("reshape") else entry.dims)
+    _check_shape(config, what, dims, given)
+
+
+def _find(name: str, what: What, found: dict[str, OnnxTensor]) -> OnnxTensor:
+    if name not in found:
         raise ServingError(
-            Kind.INVALID,
-            f"unexpected inference {what} '{entry.name}', allowed {what}s are: {', '.join(sorted(found))}",
+            Kind.INVALID, f"unexpected inference {what} '{name}', allowed {what}s are: {', '.join(sorted(found))}"
         )
+    return found[name]
+
+
+def _check_datatype(config: pb.ModelConfig, what: What, stated: int, given: OnnxTensor) -> None:
     datatype = _datatype(given, config.name, what)
-    if DATATYPE_OF[entry.data_type] is not datatype:
+    if DATATYPE_OF[stated] is not datatype:
         # Triton prints its own side by the configuration's names and the file's by the protocol's: TYPE_BYTES.
         raise ServingError(
             Kind.INVALID,
             f"unable to load model '{config.name}', configuration expects datatype "
-            f"{DATATYPE_OF[entry.data_type].config_name} for {what} '{entry.name}', "
-            f"model provides TYPE_{datatype.name}",
+            f"{DATATYPE_OF[stated].config_name} for {what} '{given.name}', model provides TYPE_{datatype.name}",
         )
-    dims = list(entry.reshape.shape if entry.HasField("reshape") else entry.dims)
-    _check_shape(config, what, dims, given)
+
+
+def _check_computed(config: pb.ModelConfig, name: str, entry: pb.BatchInput, given: OnnxTensor) -> None:
+    """Of an input that is computed from the batch. Triton leaves its shape to the first run."""
+    _check_datatype(config, "input", entry.data_type, given)
+    axes = 2 if entry.kind == pb.BatchInput.BATCH_ITEM_SHAPE else 1
+    if len(given.shape) != axes or given.shape[0] != -1:
+        raise ServingError(
+            Kind.INVALID,
+            f"unable to load model '{config.name}', batch input '{name}' of kind "
+            f"{pb.BatchInput.Kind.Name(entry.kind)} has the shape {show([-1] * axes)}, "
+            f"model provides {show(given.shape)}",
+        )
+
+
+def _check_scattered(config: pb.ModelConfig, entry: pb.ModelInput | pb.ModelOutput) -> None:
+    """Of an output that is divided by an input's shapes: that shape must have the axes which the output leaves open."""
+    for scattered in config.batch_output:
+        [name] = scattered.source_input
+        source = next(tensor for tensor in config.input if tensor.name == name)
+        if entry.name in scattered.target_name and any(dim < 0 for dim in entry.dims[len(source.dims) :]):
+            raise ServingError(
+                Kind.INVALID,
+                f"unable to load model '{config.name}', output '{entry.name}' with dims {show(entry.dims)} is to be "
+                f"divided by input '{name}' with dims {show(source.dims)}, which has no such axis",
+            )
 
 
 def _check_shape(config: pb.ModelConfig, what: What, dims: list[int], given: OnnxTensor) -> None:

@@ -7,6 +7,7 @@ Every step leaves its argument as it is.
 
 from penstock.model_config.checks import validate
 from penstock.model_config.completion import ENSEMBLE, Choice, Note, identify, normalise, unheard
+from penstock.model_config.padding import Cut, Padding, cuts, paddings
 from penstock.model_config.reading import read, read_json, read_text, to_json, to_text
 from penstock.model_config.records import (
     BatchPolicy,
@@ -27,9 +28,11 @@ __all__ = [
     "FIELDS",
     "BatchPolicy",
     "Choice",
+    "Cut",
     "Field",
     "InstanceGroup",
     "Note",
+    "Padding",
     "QueuePolicy",
     "RateLimit",
     "Resource",
@@ -37,10 +40,12 @@ __all__ = [
     "Support",
     "TensorSpec",
     "batch_policy",
+    "cuts",
     "identify",
     "instance_groups",
     "markdown",
     "normalise",
+    "paddings",
     "read",
     "read_json",
     "read_text",

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from penstock import pb
 from penstock.errors import Kind, ServingError
+from penstock.model_config import padding
 from penstock.model_config.completion import BACKENDS, ENSEMBLE
 from penstock.model_config.records import DATATYPE_OF
 
@@ -33,6 +34,9 @@ def _complaints(config: pb.ModelConfig, gpus: Sequence[int], complete: bool) -> 
     yield from _identity(config)
     for kind, tensors in (("input", config.input), ("output", config.output)):
         yield from _tensors(config, kind, tensors, complete)
+    if complete:
+        yield from _batch_tensors(config)
+        yield from padding.complaints(config)
     yield from _dynamic_batching(config)
     yield from _sequence_batching(config)
     yield from _ensemble(config)
@@ -108,6 +112,34 @@ def _fixed_parts(dims: list[int]) -> list[int]:
     """How many elements lie between one -1 and the next: [2, 4, -1, 6] gives [8, 6]."""
     stops = [-1, *(index for index, dim in enumerate(dims) if dim == -1), len(dims)]
     return [math.prod(dims[start + 1 : stop]) for start, stop in pairwise(stops)]
+
+
+def _batch_tensors(config: pb.ModelConfig) -> Iterator[str]:
+    """What is computed from a batch's composition, and what is divided by it. Triton adds no model's name here."""
+    inputs, outputs = {tensor.name: tensor for tensor in config.input}, {tensor.name for tensor in config.output}
+    for what, entries in (("input", config.batch_input), ("output", config.batch_output)):
+        for entry in entries:
+            if entry.kind not in type(entry).Kind.values():
+                yield f"unknown batch {what} kind '{entry.kind}'"
+            if len(entry.source_input) != 1:
+                yield (
+                    f"batch {what} kind '{type(entry).Kind.Name(entry.kind)}' expects 1 source input, "
+                    f"got {len(entry.source_input)}"
+                )
+            if isinstance(entry, pb.BatchInput) and entry.data_type not in (pb.TYPE_INT32, pb.TYPE_FP32):
+                yield "batch input data type must be TYPE_INT32 or TYPE_FP32"
+            [source] = entry.source_input
+            if source not in inputs:
+                yield f"unknown source input name '{source}'"
+            if inputs[source].optional:
+                yield f"batch {what} kind '{type(entry).Kind.Name(entry.kind)}' needs '{source}', which is optional"
+            seen = set()
+            for target in entry.target_name:
+                if what == "output" and target not in outputs:
+                    yield f"unknown target output name '{target}'"
+                if target in seen:
+                    yield f"target {what} name '{target}' can only be specified once"
+                seen.add(target)
 
 
 def _dynamic_batching(config: pb.ModelConfig) -> Iterator[str]:

@@ -34,13 +34,14 @@ class Backend:
     filenames: tuple[str, ...]  # the one that is there is the model file; the first where none is
     instances_on_cpu: int  # of a group that does not say how many
     suffix: str = ""  # by which files of this backend alone are known
+    pads: bool = False  # whether the parameters `pad.` and `cut.` are for it
 
     def filename(self, files: Collection[str]) -> str:
         return next((name for name in self.filenames if name in files), self.filenames[0])
 
 
 BACKENDS = {
-    "onnxruntime": Backend("onnxruntime_onnx", ("model.onnx",), instances_on_cpu=2, suffix=".onnx"),
+    "onnxruntime": Backend("onnxruntime_onnx", ("model.onnx",), instances_on_cpu=2, suffix=".onnx", pads=True),
     "handler": Backend("handler", ("handler.py", "rp_handler.py"), instances_on_cpu=1),
 }
 

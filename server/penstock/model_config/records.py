@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from penstock import pb
+from penstock.model_config.padding import Padding, paddings
 from penstock.tensor import BY_CONFIG_NAME, Datatype
 
 # The datatype of a tensor by its number in a configuration.
@@ -55,6 +56,8 @@ class BatchPolicy:
     levels: tuple[QueuePolicy, ...] = (QueuePolicy(),)  # by priority, the most urgent first
     default_level: int = 0  # index into `levels`
     varying: tuple[str, ...] = ()  # inputs that requests may have in different shapes, or leave out
+    ragged: tuple[str, ...] = ()  # those of them that share a batch whatever their shapes
+    paddings: tuple[Padding, ...] = ()  # of those that share a batch though one axis differs
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,8 @@ def batch_policy(config: pb.ModelConfig) -> BatchPolicy | None:
         levels=tuple(_queue_policy(stated.get(number, batching.default_queue_policy)) for number in numbers),
         default_level=max(0, batching.default_priority_level - 1),
         varying=tuple(tensor.name for tensor in config.input if tensor.optional or any(dim < 0 for dim in tensor.dims)),
+        ragged=tuple(tensor.name for tensor in config.input if tensor.allow_ragged_batch),
+        paddings=paddings(config),
     )
 
 

@@ -32,6 +32,10 @@ def _done(path: str, note: str = "") -> Field:
     return Field(path, Support.DONE, note)
 
 
+def _of_onnx(path: str, note: str = "") -> Field:
+    return Field(path, Support.DONE, note, refused_by="handler")
+
+
 def _planned(path: str, note: str = "", *, only_slower: bool = False, presence: bool = False) -> Field:
     return Field(path, Support.PLANNED, note, only_slower, presence)
 
@@ -59,8 +63,8 @@ FIELDS: dict[str, Field] = {
         _done("input.dims"),
         _done("input.reshape.shape"),
         _refused("input.is_shape_tensor", _ENGINE),
-        _planned("input.allow_ragged_batch"),
-        _done("input.optional", "of models without a batch axis"),
+        _of_onnx("input.allow_ragged_batch", "the model's input has the shape [-1]"),
+        _done("input.optional", "an initialiser of the file that is a graph input too"),
         _refused("input.is_non_linear_format_io", _ENGINE),
         _done("output.name"),
         _done("output.data_type"),
@@ -69,8 +73,13 @@ FIELDS: dict[str, Field] = {
         _done("output.label_filename", "labels of the classification extension"),
         _refused("output.is_shape_tensor", _ENGINE),
         _refused("output.is_non_linear_format_io", _ENGINE),
-        _planned("batch_input"),
-        _planned("batch_output"),
+        _of_onnx("batch_input.kind", "every kind"),
+        _of_onnx("batch_input.target_name"),
+        _of_onnx("batch_input.data_type"),
+        _of_onnx("batch_input.source_input"),
+        _of_onnx("batch_output.target_name"),
+        _of_onnx("batch_output.kind"),
+        _of_onnx("batch_output.source_input"),
         _done("optimization.graph.level", "-1 basic, 0 all, 1 extended, 2 none"),
         _refused("optimization.priority", _ENGINE),
         _refused("optimization.cuda.graphs", "TensorRT engines only in Triton too; the parameter cuda_graph does it"),
@@ -124,6 +133,8 @@ FIELDS: dict[str, Field] = {
         _done("metric_tags", "labels `_KEY` on every series of the model"),
         _done("parameters.string_value", "settings of the runtime, by key; keys it does not know are information"),
         _done("parameters[split_oversized]", "a request over `max_batch_size` runs in parts instead of being refused"),
+        _done("parameters[pad.INPUT.axis]", "with `.value`, `.buckets`: requests of different lengths share a batch"),
+        _done("parameters[cut.OUTPUT.axis]", "with `.input`: the output's axis that is as long as the padded one"),
         _done("model_warmup.name"),
         _done("model_warmup.batch_size", "0 skips the sample"),
         _done("model_warmup.inputs.data_type"),
