@@ -1,9 +1,9 @@
-"""Sample models that compute in plain sight: sums, differences, multiples, a matrix product."""
+"""Sample models that compute in plain sight: sums, differences, multiples, a matrix product, a sum that grows."""
 
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from .graphs import Directory, graph, node, tensor
+from .graphs import Directory, Shape, graph, node, tensor
 
 SIMPLE_CONFIG = """\
 name: "{name}"
@@ -83,6 +83,28 @@ def matmul() -> Directory:
         [tensor("product", TensorProto.FLOAT, ["rows", "columns"])],
     )
     return Directory("matmul", {"1/model.onnx": model})
+
+
+RUNNING_SUM_CONFIG = """\
+name: "running_sum"
+max_batch_size: 16
+sequence_batching {
+  max_sequence_idle_microseconds: 60000000
+  state { input_name: "before" output_name: "after" data_type: TYPE_FP32 dims: [ 1 ] }
+}
+"""
+
+
+def running_sum() -> Directory:
+    """FP32 x [N,1] → sum [N,1] of all x of the sequence so far, carried by the server from `after` to `before`."""
+    row: Shape = ("N", 1)
+    model = graph(
+        "running_sum",
+        [node("Add", "before x", "after"), node("Identity", "after", "sum")],
+        [tensor("x", TensorProto.FLOAT, row), tensor("before", TensorProto.FLOAT, row)],
+        [tensor("sum", TensorProto.FLOAT, row), tensor("after", TensorProto.FLOAT, row)],
+    )
+    return Directory("running_sum", {"1/model.onnx": model, "config.pbtxt": RUNNING_SUM_CONFIG})
 
 
 def _rows_of_16(element_type: int, *names: str) -> list[ValueInfoProto]:

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import GraphProto, ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from .arithmetic import multiple
 from .batches import make_shared_fixtures
 from .ensembles import make_broken_ensembles, make_ensembles
 from .graphs import OPSET, Directory, Files, Shape, graph, node, tensor
+from .sequences import make_sequence_fixtures
+from .slow import SQUARE, step
 
 # The protocol's name of each datatype, in lower case, and the ONNX element type behind it.
 ELEMENT_TYPES = {
@@ -59,6 +61,7 @@ def make_fixtures(directory: Path) -> None:
     - latest_two: the same in versions 1, 2 and 3, the highest two served
     - specific_versions: likewise, of which 1, 3 and 4 are asked for
     - ensemble_...: as `make_ensembles` says
+    - sequence_…: see `sequences`
     """
     for name, element_type in ELEMENT_TYPES.items():
         _identity(f"identity_{name}", element_type, MATRIX).write(directory)
@@ -77,6 +80,7 @@ def make_fixtures(directory: Path) -> None:
     make_batching_fixtures(directory, *BATCHING)
     Directory("stream_count", {"handler.py": STREAM_COUNT}).write(directory)
     make_shared_fixtures(directory)
+    make_sequence_fixtures(directory)
     _multiples("latest_version", (2, 9, 10), {f"{no}/model.onnx": NOT_ONNX for no in ("03", "notes")}).write(directory)
     for name, policy in {
         "latest_two": "latest { num_versions: 2 }",
@@ -220,27 +224,6 @@ def _slow_matmul() -> ModelProto:
     )
 
 
-SQUARE = (256, 256)
-
-
-def _step() -> GraphProto:
-    """The body of a loop: a product of matrices twice, about a millisecond."""
-    return helper.make_graph(
-        [
-            node("Identity", "go_on", "still"),
-            node("MatMul", "power power", "half"),
-            node("MatMul", "half half", "next_power"),
-        ],
-        "step",
-        [
-            tensor("step", TensorProto.INT64, ()),
-            tensor("go_on", TensorProto.BOOL, ()),
-            tensor("power", TensorProto.FLOAT, SQUARE),
-        ],
-        [tensor("still", TensorProto.BOOL, ()), tensor("next_power", TensorProto.FLOAT, SQUARE)],
-    )
-
-
 def _slow_loop() -> ModelProto:
     """The same idea in a loop, so that each request chooses how long it takes: a 256x256 product twice per step."""
     return graph(
@@ -251,7 +234,7 @@ def _slow_loop() -> ModelProto:
             node("Mul", "number zero", "nothing"),
             node("Expand", "nothing side", "start"),
             node("Squeeze", "STEPS", "steps"),
-            node("Loop", "steps true start", "end", body=_step()),
+            node("Loop", "steps true start", "end", body=step()),
             node("ReduceMax", "end", "late_zero", keepdims=0),
             node("Add", "INPUT0 late_zero", "OUTPUT0"),
         ],
@@ -337,7 +320,7 @@ def _slow_rows() -> ModelProto:
             node("Cast", "number", "steps", to=TensorProto.INT64),
             node("Mul", "largest zero", "nothing"),
             node("Expand", "nothing side", "start"),
-            node("Loop", "steps true start", "end", body=_step()),
+            node("Loop", "steps true start", "end", body=step()),
             node("ReduceMax", "end", "late_zero", keepdims=0),
             node("Add", "INPUT0 late_zero", "OUTPUT0"),
         ],

@@ -10,7 +10,7 @@ import onnxruntime
 from onnx import ModelProto
 
 from . import digits_data
-from .arithmetic import matmul, simple, simple_string, times_version
+from .arithmetic import matmul, running_sum, simple, simple_string, times_version
 from .digits import digits
 from .graphs import Directory
 from .iris import iris
@@ -24,7 +24,8 @@ def main() -> None:
     network = digits()
     flowers, flowers_accuracy = iris()
     remarks, remarks_accuracy = sentiment()
-    for directory in (network, flowers, remarks, simple(), simple_string(), times_version(), matmul()):
+    sums = (simple(), simple_string(), times_version(), matmul(), running_sum())
+    for directory in (network, flowers, remarks, *sums):
         directory.write(repository)
     print(f"digits     {_digits_accuracy(network):7.2%} of the held-out images")
     print(f"iris       {flowers_accuracy:7.2%} of the held-out flowers")

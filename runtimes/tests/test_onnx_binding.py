@@ -347,6 +347,11 @@ def test_graphs_are_captured_for_the_listed_sizes(text: str, sizes: tuple[int, .
             "configuration, or leave cuda_graph out",
         ),
         (
+            X3 + 'max_batch_size: 8 sequence_batching { state { input_name: "S" dims: [ 2, -1 ] } }',
+            "model 'm': a CUDA graph has fixed shapes, and input 'S' has the shape [2,-1]; state its dims in the "
+            "configuration, or leave cuda_graph out",
+        ),
+        (
             X3 + "max_batch_size: 8 " + SIZES % "4,16",
             "model 'm': parameter 'cuda_graph_batch_sizes' expects batch sizes from 1 to 8, such as 1,4, got '4,16'",
         ),

@@ -55,8 +55,8 @@ class Batcher:
         _, _, due_ns = self._form(now_ns)
         return due_ns
 
-    def drop(self, pending: Pending) -> bool:
-        return self._queue.drop(pending)
+    def drop(self, pending: Pending) -> list[Pending]:
+        return [pending] if self._queue.drop(pending) else []
 
     def _shape(self, request: InferRequest) -> object:
         """What requests of one batch have equal; None for one that shares with no other, because it is empty."""

@@ -14,7 +14,10 @@ from penstock.model import Model
 from penstock.statistics import Duration
 
 # The extensions that are really served, by the protocol's names for them.
-EXTENSIONS = ("classification", "model_configuration", "binary_tensor_data", "parameters", "statistics")
+EXTENSIONS = (
+    "classification", "sequence", "schedule_policy", "model_configuration", "binary_tensor_data", "parameters",
+    "statistics",
+)  # fmt: skip
 
 Fields: TypeAlias = dict[str, Any]
 Call: TypeAlias = Callable[[Engine, Fields], Any]

@@ -10,7 +10,7 @@ from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit
-from penstock.queueing import Pending, Scheduler
+from penstock.queueing import Pending, Place, Queue, Scheduler, Seating, Source
 from penstock.rate import RateLimiter, Turn
 from penstock.runtime import PLENTY, Cancelled, Credit, Instance
 from penstock.statistics import Execution
@@ -37,10 +37,15 @@ Responded = Callable[[int, InferResponse | ServingError, int], None]
 class Worker:
     """An instance, its thread and its place in the crew. All fields are owned by the crew's lock."""
 
-    __slots__ = ("gathered_ns", "idle_ns", "in_flight", "inline", "instance", "thread", "turn", "wake", "wakes_ns")
+    __slots__ = (
+        "gathered_ns", "idle_ns", "in_flight", "inline", "instance", "place", "source", "thread", "turn", "wake",
+        "wakes_ns",
+    )  # fmt: skip
 
-    def __init__(self, instance: Instance, lock: threading.Lock) -> None:
+    def __init__(self, instance: Instance, source: Source, place: Place | None, lock: threading.Lock) -> None:
         self.instance = instance
+        self.source = source  # which it takes its work from
+        self.place = place  # the same, where it is this worker's alone
         self.inline = False  # claimed by a thread that runs a request on it
         self.in_flight = 0  # requests that were started and have not had their final reply
         self.wake = threading.Condition(lock)
@@ -57,7 +62,7 @@ class Worker:
 
 
 class Crew:
-    """The workers of one version, pulling from one scheduler.
+    """The workers of one version, pulling from one scheduler, or each from its place in one.
 
     Owns the scheduler and who is idle, under one lock held for arithmetic only. An idle worker waits on its own
     condition, so that waking one can never wake another that has nothing to run with.
@@ -69,7 +74,7 @@ class Crew:
     def __init__(
         self,
         name: str,
-        scheduler: Scheduler,
+        scheduler: Scheduler | Seating,
         instances: Sequence[Instance],
         finish: Finish,
         withdrawn: Withdrawn,
@@ -80,7 +85,7 @@ class Crew:
     ) -> None:
         """With a `limiter`, each instance has one of the `limits`. Raises ServingError if it could never run."""
         self._name = name
-        self._scheduler = scheduler
+        self._scheduler: Queue = scheduler
         self._finish = finish  # counts and replies for a batch that ran
         self.responded = responded
         self._withdrawn = withdrawn  # counts and replies for a request that will not run
@@ -94,7 +99,14 @@ class Crew:
         self._inline_bytes = -1  # the largest request that may run inline; -1: none
         self._starts_inline = False
         self._deadlines = Deadlines(f"{name}-deadlines", self._expired)
-        self._workers = [Worker(instance, self._lock) for instance in instances]
+        self._pinned = isinstance(scheduler, Seating)  # each request has its worker
+        if isinstance(scheduler, Seating):
+            self._workers = [
+                Worker(instance, place, place, self._lock)
+                for instance, place in zip(instances, scheduler.places, strict=True)
+            ]
+        else:
+            self._workers = [Worker(instance, scheduler, None, self._lock) for instance in instances]
         self._limiter = limiter
         if limiter is not None:
             try:
@@ -155,16 +167,12 @@ class Crew:
                 raise _stopping(pending)
             self._scheduler.add(pending, now_ns)
             self._unfinished += 1
-            if (
-                self._idle
-                and request_bytes <= self._inline_bytes
-                and len(self._scheduler) == 1
-                and self._scheduler.take(now_ns)
-            ):
-                claimed = self._idle.pop()
-                claimed.inline = True
-            else:
+            if request_bytes <= self._inline_bytes and len(self._scheduler) == 1:
+                claimed = self._claim(now_ns)
+            if claimed is None:
                 self._queued(pending, now_ns)
+        if pending.warning:
+            logger.warning("%s", pending.warning)
         if claimed:
             self._run_inline(claimed, pending)
 
@@ -178,6 +186,17 @@ class Crew:
             if pending.expires_ns:
                 self._deadlines.add(pending, pending.expires_ns)
         self._start(worker, [pending])
+
+    def _claim(self, now_ns: int) -> Worker | None:
+        """An idle worker that may run the only request there is, which leaves the queue for it. Holds the lock."""
+        for worker in reversed(self._idle):
+            if worker.source.take(now_ns):
+                self._idle.remove(worker)
+                worker.inline = True
+                return worker
+            if not self._pinned:
+                break
+        return None
 
     def submit_all(self, parts: Sequence[Pending]) -> None:
         """Queue all of these, or none. Raises ServingError if one of them cannot be accepted."""
@@ -206,19 +225,40 @@ class Crew:
         """Wake an idle worker if something is due now, or before one wakes by itself. Holds the lock."""
         if not self._idle:
             return
-        due_ns = self._scheduler.wake_at(now_ns)
+        if self._pinned:
+            for worker in list(self._idle):
+                due_ns = worker.source.wake_at(now_ns)
+                if due_ns is not None and (due_ns <= now_ns or due_ns < worker.wakes_ns):
+                    self._idle.remove(worker)
+                    worker.wake.notify()
+            return
+        due_ns = self._idle[-1].source.wake_at(now_ns)
         if due_ns is not None and (due_ns <= now_ns or all(due_ns < worker.wakes_ns for worker in self._idle)):
             self._idle.pop().wake.notify()
 
     def drop(self, pending: Pending) -> bool:
-        """Forget a request that waits. False if it runs already, or ran."""
+        """Forget a request that waits, and what cannot run without it. False if it runs already, or ran."""
         with self._lock:
-            dropped = self._scheduler.drop(pending)
-        if dropped:
-            assert pending.cancelled.reason is not None
-            self._withdrawn(pending, pending.cancelled.reason)
-            self._ended([pending])
+            dropped = self._take_out(pending)
+        self._withdraw(dropped, pending)
+        return pending in dropped
+
+    def _take_out(self, pending: Pending) -> list[Pending]:
+        """Drop it from the queue, and wake who can run what waited for its room. Holds the lock."""
+        dropped = self._scheduler.drop(pending)
+        if self._pinned:
+            self._call_worker(monotonic_ns())
         return dropped
+
+    def _withdraw(self, dropped: Sequence[Pending], cause: Pending) -> None:
+        """Give what was dropped with `cause`, which was cancelled, its last reply."""
+        assert cause.cancelled.reason is not None
+        for pending in dropped:
+            pending.cancelled.set(cause.desertion(cause.cancelled.reason))
+            assert pending.cancelled.reason is not None  # this one, or its own client's, who has come first
+            self._withdrawn(pending, pending.cancelled.reason)
+        if dropped:
+            self._ended(dropped)
 
     def finished(self, worker: Worker, pending: Pending, result: InferResponse | ServingError, started_ns: int) -> None:
         """A request that the worker started has its final reply: count and send it, and free its place."""
@@ -235,15 +275,13 @@ class Crew:
     def _expired(self, pending: Pending, now_ns: int) -> None:
         """The time of a request has run out: that in the queue, or the client's, which ends what runs as well."""
         reason = pending.lateness(now_ns)
+        is_over = reason.kind is Kind.DEADLINE
         with self._lock:
-            dropped = self._scheduler.drop(pending)
-        if dropped:
+            # What had a time in the queue may wait on without one, once it has come further.
+            dropped = self._take_out(pending) if is_over or 0 < pending.expires_ns <= now_ns else []
+        if dropped or is_over:
             pending.cancelled.set(reason)
-            assert pending.cancelled.reason is not None  # this one, or the client's, who has come first
-            self._withdrawn(pending, pending.cancelled.reason)
-            self._ended([pending])
-        elif reason.kind is Kind.DEADLINE:
-            pending.cancelled.set(reason)
+            self._withdraw(dropped, pending)
         elif pending.request.deadline_ns:
             self._deadlines.add(pending, pending.request.deadline_ns)
 
@@ -251,6 +289,11 @@ class Crew:
         """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
         with self._lock:
             self._draining = True
+            for worker in self._workers:
+                if worker.place is not None:
+                    worker.place.seal()
+            if self._pinned:
+                self._call_worker(monotonic_ns())
             return self._done.wait_for(lambda: self._unfinished == 0, timeout_s)
 
     def close(self) -> None:
@@ -274,10 +317,13 @@ class Crew:
             else:
                 self._run(worker.instance, batch, gathered_ns=worker.gathered_ns)
             del batch  # else its tensors would live until the next one comes
+            if worker.place is not None:
+                with self._lock:
+                    worker.place.done(monotonic_ns())
             if worker.turn is not None and self._limiter is not None:
                 with self._lock:
                     now_ns = monotonic_ns()
-                    due_ns = self._scheduler.wake_at(now_ns)
+                    due_ns = worker.source.wake_at(now_ns)
                 self._limiter.give_back(worker.turn, ran=True, again=due_ns is not None and due_ns <= now_ns)
 
     def _next(self, worker: Worker) -> list[Pending]:
@@ -297,9 +343,9 @@ class Crew:
                 if not worker.inline and worker.in_flight < max(1, worker.instance.max_in_flight):
                     now_ns = monotonic_ns()
                     if worker.turn is None:
-                        batch = self._scheduler.take(now_ns)
+                        batch = worker.source.take(now_ns)
                     else:
-                        batch = self._take_in_turn(worker.turn, now_ns)
+                        batch = self._take_in_turn(worker.source, worker.turn, now_ns)
                         if not batch and worker.turn.granted:
                             return None
                     if batch:
@@ -316,7 +362,7 @@ class Crew:
                     if worker not in self._idle:
                         self._idle.append(worker)
                     worker.idle_ns = worker.idle_ns or now_ns
-                    wake_ns = self._scheduler.wake_at(now_ns)
+                    wake_ns = worker.source.wake_at(now_ns)
                     if worker.turn is not None and wake_ns is not None and wake_ns <= now_ns:
                         wake_ns = None  # its turn has not come: the limiter wakes it
                     worker.wakes_ns = NEVER_NS if wake_ns is None else wake_ns
@@ -326,13 +372,13 @@ class Crew:
                 worker.wake.wait(timeout_s)
             return []
 
-    def _take_in_turn(self, turn: Turn, now_ns: int) -> list[Pending]:
+    def _take_in_turn(self, source: Source, turn: Turn, now_ns: int) -> list[Pending]:
         """What is due, if the limiter lets the instance run. Holds the lock."""
         assert self._limiter is not None
-        due_ns = self._scheduler.wake_at(now_ns)
+        due_ns = source.wake_at(now_ns)
         if due_ns is None or due_ns > now_ns or not self._limiter.take(turn):
             return []
-        return self._scheduler.take(now_ns)
+        return source.take(now_ns)
 
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
         elapsed_ns = 0
@@ -342,6 +388,8 @@ class Crew:
         finally:
             with self._lock:
                 worker.inline = False
+                if worker.place is not None:
+                    worker.place.done(monotonic_ns())
                 if elapsed_ns <= INLINE_ENDS_NS:
                     self._slow_runs = 0
                 elif before is None or _was_slow(before, _usage(), elapsed_ns):
@@ -409,11 +457,16 @@ class Crew:
                 unwanted.append(pending)
         if unwanted:
             self._ended(unwanted)
+        if self._pinned:
+            for pending in unwanted:
+                with self._lock:
+                    dropped = self._take_out(pending)
+                self._withdraw(dropped, pending)
         return wanted
 
     def _ended(self, answered: Sequence[Pending]) -> None:
         for pending in answered:
-            if pending.expires_ns:
+            if pending.expires_ns or pending.request.timeout_us:
                 self._deadlines.forget(pending)
         with self._lock:
             self._unfinished -= len(answered)

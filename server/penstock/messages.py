@@ -23,6 +23,7 @@ class Sequence:
     id: int | str
     start: bool = False
     end: bool = False
+    slot: int = 0  # of its instance, while the sequence lives: its batch row, where it keeps one. Set by the scheduler
 
 
 @dataclass(slots=True)

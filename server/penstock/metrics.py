@@ -265,7 +265,7 @@ FAMILIES = (
     Family(
         "penstock_batches_total",
         "counter",
-        "Number of batches that left the dynamic batcher, by the reason why each did",
+        "Number of batches that left the batcher, by the reason why each did",
         _departures,
     ),
     Family(
@@ -273,6 +273,12 @@ FAMILIES = (
         "gauge",
         "Main memory of a version's own processes",
         lambda model: [("", {}, memory_bytes)] if (memory_bytes := model.memory_bytes) else [],
+    ),
+    Family(
+        "penstock_live_sequences",
+        "gauge",
+        "Sequences of a stateful model that have a slot",
+        lambda model: [] if model.sequencer is None else [("", {}, model.sequencer.live)],
     ),
     Family(
         "penstock_padded_elements_total",

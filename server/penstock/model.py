@@ -20,6 +20,7 @@ from penstock.queueing import Fifo, Pending, Scheduler
 from penstock.rate import RateLimiter
 from penstock.replies import InOrder, Whole
 from penstock.runtime import Instance, Measured, ModelFiles, Pads
+from penstock.sequencing import Sequencer
 from penstock.statistics import FIRST_RESPONSE_MS, Execution, Histogram, Outcome, Statistics
 from penstock.tensor import BYTES, Tensor, objects
 
@@ -61,7 +62,7 @@ class Model:
         """`response_cache` is shared by all models; this one uses it if its configuration says so. So is `limiter`.
         `lose_device` is told of every answer that says that a GPU is lost, before that answer is sent.
 
-        Raises ServingError if an instance needs more of a resource than there is.
+        Raises ServingError if an instance needs more of a resource than there is, or cannot run sequences.
         """
         self.name = loaded.files.model
         self.version = str(loaded.files.version)
@@ -81,14 +82,22 @@ class Model:
         self._cache = response_cache if loaded.config.response_cache.enable else None
         # A version that is loaded anew may answer otherwise, and so may one whose members are.
         self._fingerprint = cache.fingerprint(loaded.config, self.version) + next(_loads).to_bytes(8)
-        self._most_rows = 2**63 if instances[0].streams else self.signature.max_batch_size or 2**63  # of one execution
-        self._in_order = InOrder() if self.batching and self.batching.preserve_ordering else None
+        sequencing = model_config.sequence_policy(loaded.config)
+        self.sequencer = Sequencer(sequencing, len(instances), self._departures()) if sequencing else None
+        stays_whole = sequencing is not None or instances[0].streams
+        self._most_rows = 2**63 if stays_whole else self.signature.max_batch_size or 2**63  # of one execution
+        policy = self.batching or sequencing
+        self._in_order = InOrder() if policy and policy.preserve_ordering else None
+        if sequencing and instances[0].streams:
+            raise ServingError(
+                Kind.UNSUPPORTED, f"model '{self.name}': sequence_batching needs a runtime that takes batches"
+            )
         inline_bytes = self._probe(instances[0])
         self._instances = tuple(instances)
         self.streams = any(instance.streams for instance in instances)  # it may answer more than once, or later
         self._crew = Crew(
             f"{self.name}-{self.version}",
-            self._scheduler(),
+            self._scheduler() if self.sequencer is None else self.sequencer,
             instances,
             self._finish,
             self._withdrawn,
@@ -210,8 +219,12 @@ class Model:
     def _scheduler(self) -> Scheduler:
         if self.batching is None:
             return Fifo()
+        return Batcher(self.batching, self._departures())
+
+    def _departures(self) -> dict[str, int]:
+        """The counter of batches by the reason why they leave, which is shown from now on."""
         self.statistics.departures = dict.fromkeys(DEPARTURES, 0)
-        return Batcher(self.batching, self.statistics.departures)
+        return self.statistics.departures
 
     def shares_gpu(self, other: "Model") -> bool:
         """Whether an error that cost `other` its GPU's context costs this version its own: each process has one.

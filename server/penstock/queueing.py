@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
@@ -31,7 +31,7 @@ class Pending:
 
     __slots__ = (
         "arrived_ns", "cache_key", "cancelled", "expires_ns", "holder", "level", "moves_ns", "reply", "request",
-        "shape", "whole",
+        "sequence", "shape", "warning", "whole",
     )  # fmt: skip
 
     def __init__(self, request: InferRequest, reply: Reply, cancelled: Cancelled, arrived_ns: int) -> None:
@@ -47,6 +47,8 @@ class Pending:
         self.level = 0  # of its queue
         self.moves_ns = 0  # when it goes behind the others of its level; 0: never
         self.shape: object = None  # what those that it may share a batch with have equal
+        self.sequence: object = None  # that it is part of, until it has run
+        self.warning = ""  # to be logged by whoever added it
 
     def cancel(self, reason: ServingError) -> None:
         """Nobody waits for this any more: drop it if it is queued; what runs already is told. Any thread."""
@@ -59,11 +61,20 @@ class Pending:
         if deadline_ns and now_ns >= deadline_ns:
             late_ms = (now_ns - deadline_ns) / 1e6
             return ServingError(Kind.DEADLINE, f"the deadline passed {late_ms:.1f} ms before the request could run")
+        if self.sequence is not None:
+            return ServingError(Kind.TIMED_OUT, "timeout of the corresponding sequence has been expired")
         return ServingError(Kind.TIMED_OUT, "Request timeout expired")
 
+    def desertion(self, reason: ServingError) -> ServingError:
+        """What those are refused with that cannot run without this one, which was dropped for a `reason`."""
+        if reason.kind is Kind.TIMED_OUT or self.request.sequence is None:
+            return reason
+        text = f"a request of sequence {self.request.sequence.id} was dropped, which ends the sequence"
+        return ServingError(Kind.CANCELLED, text)
 
-class Scheduler(Protocol):
-    """Decides what runs next. A state machine without threads or clock: the caller locks and tells the time."""
+
+class Queue(Protocol):
+    """Where requests wait, in whatever order they leave."""
 
     def __len__(self) -> int:
         """How many wait."""
@@ -71,14 +82,41 @@ class Scheduler(Protocol):
     def add(self, pending: Pending, now_ns: int) -> None:
         """Raises ServingError, for example for a full queue. May set when the request expires."""
 
+    def drop(self, pending: Pending) -> list[Pending]:
+        """Forget one that is no longer wanted, and all that cannot run without it. [] if none of them waits here."""
+
+
+class Source(Protocol):
+    """What a worker takes its work from."""
+
     def take(self, now_ns: int) -> list[Pending]:
         """What shall run together now; [] means: not yet. Never what has expired: the caller drops that."""
 
     def wake_at(self, now_ns: int) -> int | None:
         """From when on `take` gives something, if nothing changes; None: not before something does."""
 
-    def drop(self, pending: Pending) -> bool:
-        """Forget one that is no longer wanted. False if it does not wait here."""
+
+class Scheduler(Queue, Source, Protocol):
+    """Decides what runs next. A state machine without threads or clock: the caller locks and tells the time."""
+
+
+class Place(Source, Protocol):
+    """What one worker alone takes from."""
+
+    def done(self, now_ns: int) -> None:
+        """What the worker took has run."""
+
+    def seal(self) -> None:
+        """Nothing more will be added."""
+
+
+@runtime_checkable
+class Seating(Queue, Protocol):
+    """A scheduler whose requests are each for a certain worker. What is said of `Scheduler` holds for it, too."""
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """One for each worker."""
 
 
 class Fifo:
@@ -99,11 +137,11 @@ class Fifo:
     def wake_at(self, now_ns: int) -> int | None:
         return now_ns if self._waiting else None
 
-    def drop(self, pending: Pending) -> bool:
+    def drop(self, pending: Pending) -> list[Pending]:
         if pending not in self._waiting:
-            return False
+            return []
         del self._waiting[pending]
-        return True
+        return [pending]
 
 
 class _Level:

@@ -1,4 +1,7 @@
-"""Commands that can be copied: a request made from a model's own inputs, ones for every open dimension."""
+"""Commands that can be copied: a request made from a model's own inputs, ones for every open dimension.
+
+To a model that has sequences it is a whole one: its first request and its last.
+"""
 
 import json
 import shlex
@@ -10,6 +13,7 @@ from penstock.model_config import Signature, TensorSpec
 from penstock.tensor import BF16, BOOL, BYTES, count
 
 MOST_WRITTEN_OUT = 1000  # elements of all inputs; above that, a line of Python makes them
+SEQUENCE = {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
 
 
 def elements(signature: Signature) -> int:
@@ -18,8 +22,8 @@ def elements(signature: Signature) -> int:
 
 
 def difficulty(signature: Signature) -> tuple[bool, int]:
-    """Orders models by how easily the sample request reads: numbers before text, few elements before many."""
-    return any(spec.datatype is BYTES for spec in _inputs(signature)), elements(signature)
+    """Orders models by how easily the sample request reads: numbers before text or sequences, few elements first."""
+    return signature.sequences or any(spec.datatype is BYTES for spec in _inputs(signature)), elements(signature)
 
 
 def curl(signature: Signature, url: str, keyed: bool = False) -> str:
@@ -27,20 +31,23 @@ def curl(signature: Signature, url: str, keyed: bool = False) -> str:
     silent = 'curl -s -H "Authorization: Bearer $KEY"' if keyed else "curl -s"
     target = f"{url}/v2/models/{quote(signature.model, safe='')}/infer"
     if elements(signature) <= MOST_WRITTEN_OUT:
-        body = json.dumps({"inputs": [_entry(spec) for spec in _inputs(signature)]}, separators=(",", ":"))
+        head = {"parameters": SEQUENCE} if signature.sequences else {}
+        body = json.dumps({**head, "inputs": [_entry(spec) for spec in _inputs(signature)]}, separators=(",", ":"))
         return f"{silent} {target} -d {shlex.quote(body)}"
     entries = ", ".join(
         f"dict(name={spec.name!r}, shape={_shape(spec)}, datatype={spec.datatype.name!r}, "
         f"data=[{_value(spec)!r}] * {count(_shape(spec))})"
         for spec in _inputs(signature)
     )
-    script = f"import json; print(json.dumps(dict(inputs=[{entries}])))"
+    parameters = f"parameters={SEQUENCE}, " if signature.sequences else ""
+    script = f"import json; print(json.dumps(dict({parameters}inputs=[{entries}])))"
     return f"python3 -c {shlex.quote(script)} | {silent} {target} -d @-"
 
 
 def infer(signature: Signature, options: Sequence[str] = ()) -> str:
     """The same request as a `penstock infer` line, with `options` after the model's name."""
-    head = shlex.join(["penstock", "infer", signature.model, *options])
+    whole = ["--sequence", "1", "--start", "--end"] if signature.sequences else []
+    head = shlex.join(["penstock", "infer", signature.model, *options, *whole])
     if elements(signature) <= MOST_WRITTEN_OUT:
         values = [f"{spec.name}={json.dumps(_nested(spec, _shape(spec)))}" for spec in _inputs(signature)]
         return f"{head} {shlex.join(values)}"

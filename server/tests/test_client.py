@@ -108,6 +108,22 @@ def test_strings_go_and_come(infer: Infer) -> None:
     assert out.splitlines()[:2] == ["OUTPUT0  BYTES  [1,16]", f"  [[{eights}]]"]
 
 
+def test_a_request_may_be_a_part_of_a_sequence(infer: Infer) -> None:
+    for id in ("7", "seven"):
+        status, out, _ = infer("running_sum", "x=[3]", "--sequence", id, "--start", "--end")
+        assert (status, out.splitlines()) == (0, ["sum  FP32  [1,1]", "  [[3.]]"])
+    status, _, errors = infer("running_sum", "x=[3]")
+    assert status == 1
+    assert "must specify a non-zero or non-empty correlation ID" in errors
+
+
+def test_a_sequence_goes_on_from_request_to_request(server: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for where, name in (("--url", "http"), ("--grpc", "grpc")):
+        for flags, total in ((["--start"], "3."), ([], "6."), (["--end"], "9.")):
+            assert main(["infer", where, server[name], "running_sum", "x=[3]", "--sequence", name, *flags]) == 0
+            assert capsys.readouterr().out.splitlines()[1] == f"  [[{total}]]"
+
+
 def test_large_outputs_are_abbreviated(infer: Infer, tmp_path: Path) -> None:
     a, b = tmp_path / "a.npy", tmp_path / "b.npy"
     np.save(a, np.ones((300, 1), np.float32))
@@ -130,6 +146,7 @@ def test_large_outputs_are_abbreviated(infer: Infer, tmp_path: Path) -> None:
         ((*SIMPLE, "--classes", "-1"), "--classes expects a positive number, got -1"),
         ((*SIMPLE, "--classes", "1"), "no output of model 'simple' is FP32 or FP64; name one with --output"),
         (("simple", "INPUT0=@-", "INPUT1=@-"), "only one input can come from standard input"),
+        ((*SIMPLE, "--end"), "--start and --end need --sequence ID"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_asked(infer: Infer, arguments: tuple[str, ...], message: str) -> None:

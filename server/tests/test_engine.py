@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 from penstock.engine import STREAM_WINDOW, Engine, Mailbox, OnLoop, Window
 from penstock.errors import Kind, ServingError
-from penstock.messages import InferRequest, InferResponse
+from penstock.messages import InferRequest, InferResponse, Sequence
 from penstock.model import Model
 from penstock.runtime import Cancelled, Credit, Reply
 from penstock.settings import Settings
@@ -423,6 +423,36 @@ def test_a_request_for_a_model_that_was_replaced_goes_to_its_successor(tmp_path:
     repository.engine.submit(old, sent, answers := Answers())
     assert answers.values() == [14]
     assert repository.engine.lifecycle.stop(LIMIT_S)
+
+
+def test_a_sequence_ends_where_its_model_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    (folder / "1").mkdir(parents=True)
+    config = 'backend: "fake" default_model_filename: "model.txt" sequence_batching { }'
+
+    def write(scale: int) -> None:
+        (folder / "1" / "model.txt").write_text(f"scale {scale}")
+        (folder / "config.pbtxt").write_text(f"{config} # {scale}")
+        os.utime(folder / "config.pbtxt", ns=(2**61 + scale * 10**9,) * 2)
+
+    def ask(flags: str) -> Answers:
+        sent = request(2)
+        sent.sequence = Sequence(7, "S" in flags, "E" in flags)
+        engine.submit(old, sent, answers := Answers())
+        return answers
+
+    write(1)
+    engine = Engine(Settings(model_repository=(str(tmp_path),), device="cpu"), FakeRuntime().find)
+    engine.lifecycle.start()
+    old = engine.model("m")
+    assert ask("S").values() == [2]
+    write(5)
+    engine.lifecycle.load("m")
+    assert old.drain(LIMIT_S)  # though the sequence has had no end
+    with pytest.raises(ServingError, match="inference request for sequence 7 to model 'm' must specify the START flag"):
+        ask("")
+    assert ask("SE").values() == [10]
+    assert engine.lifecycle.stop(LIMIT_S)
 
 
 def test_a_request_for_a_model_that_was_unloaded_is_told_so(tmp_path: Path) -> None:

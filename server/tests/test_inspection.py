@@ -210,8 +210,8 @@ def test_the_command_that_it_prints_runs(inspect: Inspect, capsys: pytest.Captur
     [
         (
             [str(SAMPLES)],
-            f"'{SAMPLES}' holds {len(list(SAMPLES.iterdir()))} models: digits, iris, matmul, sentiment, simple, "
-            f"simple_string, times_version; name one with penstock inspect NAME --model-repository {SAMPLES}",
+            f"'{SAMPLES}' holds {len(list(SAMPLES.iterdir()))} models: digits, iris, matmul, running_sum, sentiment, "
+            f"simple, simple_string, times_version; name one with penstock inspect NAME --model-repository {SAMPLES}",
         ),
         (["/none"], "model repository '/none' does not exist"),
         (

@@ -11,13 +11,16 @@ from time import monotonic_ns
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from penstock import messages
+from penstock.batching import DEPARTURES
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_ENDS_NS, INLINE_SLOW_RUNS, Crew
 from penstock.messages import InferRequest, InferResponse
-from penstock.model_config import RateLimit, Resource
-from penstock.queueing import Fifo, Pending, Scheduler
+from penstock.model_config import RateLimit, Resource, SequencePolicy
+from penstock.queueing import Fifo, Pending, Scheduler, Seating
 from penstock.rate import RateLimiter
 from penstock.runtime import Cancelled, Instance, Reply
+from penstock.sequencing import Sequencer
 from penstock.statistics import Execution
 
 from .fakes import (
@@ -53,7 +56,9 @@ class Ledger:
 
 
 @contextmanager
-def crew(*instances: Instance, scheduler: Scheduler | None = None, ledger: Ledger | None = None) -> Iterator[Crew]:
+def crew(
+    *instances: Instance, scheduler: Scheduler | Seating | None = None, ledger: Ledger | None = None
+) -> Iterator[Crew]:
     ledger = Ledger() if ledger is None else ledger
     made = Crew("m", Fifo() if scheduler is None else scheduler, instances, ledger.finish, ledger.withdraw)
     try:
@@ -714,3 +719,259 @@ def test_what_nobody_waits_for_any_more_does_not_start() -> None:
         one.cancelled.set(GONE)
         made.submit(one, 4)
         assert (answers.error(), instance.started) == (GONE, [])
+
+
+# -- sequences: every request has its worker
+
+
+def flows(slots: int = 2, workers: int = 1, idle_ns: int = 10**12) -> Sequencer:
+    return Sequencer(SequencePolicy("m", slots, slots, False, idle_ns), workers, dict.fromkeys(DEPARTURES, 0))
+
+
+def follow(
+    to: Crew, flow: str, flags: str = "", *, size: int = 4, deadline_ns: int = 0, timeout_us: int = 0
+) -> tuple[Pending, Answers]:
+    """A request of sequence `flow`, whose id is both; `flags` are S for its first, E for its last."""
+    answers = Answers()
+    one = pending(request(id=flow + flags), answers)
+    one.request.sequence = messages.Sequence(flow, "S" in flags, "E" in flags)
+    one.request.deadline_ns = one.expires_ns = deadline_ns
+    one.request.timeout_us = timeout_us
+    to.submit(one, size)
+    return one, answers
+
+
+def test_a_sequence_stays_on_its_instance_though_another_is_idle() -> None:
+    instances = [GatedInstance(), GatedInstance()]
+    with crew(*instances, scheduler=flows(workers=2)) as made:
+        given = [follow(made, flow, "S")[1] for flow in "ab"]
+        for instance in instances:
+            instance.wait_begun()
+        given += [follow(made, "a", flags)[1] for flags in ("", "E")]
+        instances[1].gate.set()
+        given[1].one()
+        assert made.waiting == 2
+        instances[0].gate.set()
+        for answers in given:
+            answers.one()
+    assert [instance.batches for instance in instances] == [[["aS"], ["a"], ["aE"]], [["bS"]]]
+
+
+def test_a_short_request_of_a_sequence_runs_on_the_calling_thread_by_its_own_instance() -> None:
+    instances = [EchoInstance(), EchoInstance()]
+    with crew(*instances, scheduler=flows(workers=2)) as made:
+        made.allow_inline(4)
+        for flow, flags in (("a", "S"), ("b", "S"), ("a", ""), ("b", "E"), ("a", "E")):
+            assert follow(made, flow, flags)[1].ended == 1
+    assert [instance.batches for instance in instances] == [[["aS"], ["a"], ["aE"]], [["bS"], ["bE"]]]
+    assert {*instances[0].threads, *instances[1].threads} == {threading.get_ident()}
+
+
+def test_a_sequence_that_waits_for_a_slot_runs_once_one_is_free() -> None:
+    instance = EchoInstance()
+    with crew(instance, scheduler=flows(slots=1)) as made:
+        follow(made, "a", "S")[1].one()
+        waits = [follow(made, "b", flags)[1] for flags in ("S", "E")]
+        assert made.waiting == 2
+        follow(made, "a", "E")[1].one()
+        for answers in waits:
+            answers.one()
+    assert instance.batches == [["aS"], ["aE"], ["bS"], ["bE"]]
+
+
+def test_the_slot_of_an_idle_sequence_is_free_without_anything_else_happening() -> None:
+    instance = EchoInstance()
+    with crew(instance, scheduler=flows(slots=1, idle_ns=50_000_000)) as made:
+        follow(made, "a", "S")[1].one()
+        follow(made, "b", "SE")[1].one()
+        with pytest.raises(ServingError, match="must specify the START flag"):
+            follow(made, "a")
+    assert instance.batches == [["aS"], ["bSE"]]
+
+
+def test_cancelling_a_request_cancels_what_waits_of_its_sequence_and_frees_its_slot() -> None:
+    instance, ledger = GatedInstance(), Ledger()
+    with crew(instance, scheduler=flows(slots=1), ledger=ledger) as made:
+        runs, running = follow(made, "a", "S")
+        instance.wait_begun()
+        waits, waiting = follow(made, "a")
+        later = follow(made, "a", "E")[1]
+        other = follow(made, "b", "SE")[1]
+        waits.cancel(GONE)
+        assert waiting.error() is GONE
+        error = later.error()
+        assert (error.kind, error.message) == (
+            Kind.CANCELLED,
+            "a request of sequence a was dropped, which ends the sequence",
+        )
+        assert not runs.cancelled
+        instance.gate.set()
+        running.one()
+        other.one()
+    assert instance.batches == [["aS"], ["bSE"]]
+    assert [reason.kind for reason in ledger.withdrawn] == [Kind.CANCELLED, Kind.CANCELLED]
+
+
+def test_a_client_that_leaves_a_running_request_leaves_its_sequence() -> None:
+    instance = GatedInstance()
+    with crew(instance, scheduler=flows(slots=1)) as made:
+        runs, _ = follow(made, "a", "S")
+        instance.wait_begun()
+        waiting = follow(made, "a")[1]
+        other = follow(made, "b", "SE")[1]
+        runs.cancel(GONE)
+        assert waiting.error().kind is Kind.CANCELLED
+        with pytest.raises(ServingError, match="must specify the START flag"):
+            follow(made, "a")
+        instance.gate.set()
+        other.one()
+
+
+def test_a_timeout_ends_the_whole_sequence_while_it_waits_for_a_slot() -> None:
+    with crew(EchoInstance(), scheduler=flows(slots=1)) as made:
+        follow(made, "a", "S")[1].one()
+        waits = [follow(made, "b", "S", timeout_us=50_000)[1], follow(made, "b", "E")[1]]
+        errors = [answers.error() for answers in waits]
+        assert {(error.kind, error.message) for error in errors} == {
+            (Kind.TIMED_OUT, "timeout of the corresponding sequence has been expired")
+        }
+        follow(made, "a", "E")[1].one()
+
+
+def test_a_timeout_is_of_no_account_once_the_sequence_has_a_slot() -> None:
+    begun, permits = threading.Semaphore(0), threading.Semaphore(0)
+
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        begun.release()
+        assert permits.acquire(timeout=LIMIT_S)
+        return [EchoInstance().answer(sent) for sent in batch]
+
+    with crew(ScriptedInstance(script), scheduler=flows(slots=1)) as made:
+        given = [follow(made, "a", "S")[1], follow(made, "a", "E")[1]]
+        assert begun.acquire(timeout=LIMIT_S)
+        given.append(follow(made, "b", "SE", timeout_us=100_000)[1])
+        permits.release()
+        assert begun.acquire(timeout=LIMIT_S)  # the end of a runs, so b has its slot
+        expired = follow(made, "c", "SE", timeout_us=100_000)[1]
+        assert expired.error().kind is Kind.TIMED_OUT  # by then, the time of b is over, too
+        assert made.waiting == 1
+        permits.release(2)
+        for answers in given:
+            answers.one()
+
+
+def test_a_deadline_that_passes_in_the_queue_ends_the_sequence() -> None:
+    instance = GatedInstance()
+    with crew(instance, scheduler=flows(slots=1)) as made:
+        first = follow(made, "a", "S")[1]
+        instance.wait_begun()
+        late = follow(made, "a", deadline_ns=time.monotonic_ns() + 50_000_000)[1]
+        behind = follow(made, "a", "E")[1]
+        assert (late.error().kind, behind.error().kind) == (Kind.DEADLINE, Kind.CANCELLED)
+        instance.gate.set()
+        first.one()
+
+
+def test_a_request_that_is_too_late_when_it_is_taken_ends_its_sequence() -> None:
+    class Slow(Sequencer):
+        """Its place gives what is wanted no more by the time it runs."""
+
+        def add(self, one: Pending, now_ns: int) -> None:
+            super().add(one, now_ns)
+            if one.request.id == "a":
+                one.cancelled.set(GONE)
+
+    instance = GatedInstance()
+    policy = SequencePolicy("m", 1, 1, False, 10**12)
+    with crew(instance, scheduler=Slow(policy, 1, dict.fromkeys(DEPARTURES, 0))) as made:
+        first = follow(made, "a", "S")[1]
+        instance.wait_begun()
+        gone = follow(made, "a")[1]
+        behind = follow(made, "a", "E")[1]
+        instance.gate.set()
+        first.one()
+        assert gone.error() is GONE
+        assert behind.error().kind is Kind.CANCELLED
+    assert instance.batches == [["aS"]]
+
+
+def test_draining_finishes_what_waits_for_a_slot_of_a_sequence_that_can_have_no_end() -> None:
+    instance = EchoInstance()
+    with crew(instance, scheduler=flows(slots=1)) as made:
+        follow(made, "a", "S")[1].one()
+        waits = [follow(made, flow, "S")[1] for flow in "bc"]
+        assert made.waiting == 2
+        assert made.drain(LIMIT_S)
+        for answers in waits:
+            answers.one()
+    assert instance.batches == [["aS"], ["bS"], ["cS"]]
+
+
+def test_a_sequence_that_starts_again_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with crew(EchoInstance(), scheduler=flows()) as made:
+        follow(made, "a", "S")[1].one()
+        follow(made, "a", "SE")[1].one()
+    assert "model m: sequence a starts again without having ended" in caplog.text
+
+
+def test_sequences_take_turns_where_rates_are_limited() -> None:
+    limiter, ledger, instance = RateLimiter({}), Ledger(), EchoInstance()
+    limit = RateLimit((Resource("R", 1),))
+    made = Crew("m", flows(slots=1), [instance], ledger.finish, ledger.withdraw, limiter, [limit])
+    try:
+        given = [follow(made, flow, flags)[1] for flow in "ab" for flags in ("S", "E")]
+        for answers in given:
+            answers.one()
+        assert made.drain(LIMIT_S)
+    finally:
+        made.close()
+    assert instance.batches == [["aS"], ["aE"], ["bS"], ["bE"]]
+
+
+class Sums(EchoInstance):
+    """Y = the sum of all X of the sequence so far, kept by slot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[int, float] = {}
+
+    def answer(self, sent: InferRequest) -> InferResponse:
+        place = sent.sequence
+        assert place is not None
+        total = float(sent.inputs["X"].array[0]) + (0 if place.start else self._sums[place.slot])
+        self._sums[place.slot] = total
+        return EchoInstance(total / float(sent.inputs["X"].array[0])).answer(sent)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("inline", [False, True])
+def test_many_clients_share_few_slots_and_each_gets_its_own_sums(direct: bool, inline: bool) -> None:
+    policy = SequencePolicy("m", 2, 2, direct, 10**12)
+    instances = [Sums(), Sums()]
+    found: dict[int, list[float]] = {}
+
+    def client(number: int, to: Crew) -> None:
+        for turn in range(5):
+            flow, ahead = number * 10 + turn, []
+            for position in range(6):
+                answers = Answers()
+                one = pending(request(number + 1.0), answers)
+                one.request.sequence = messages.Sequence(flow, position == 0, position == 5)
+                to.submit(one, 4)
+                ahead.append(answers)
+                if turn % 2:
+                    answers.one()  # else the next one is sent without waiting
+            found[flow] = [round(answers.values()[0], 3) for answers in ahead]
+
+    with crew(*instances, scheduler=Sequencer(policy, 2, dict.fromkeys(DEPARTURES, 0))) as made:
+        made.allow_inline(4 if inline else -1)
+        threads = [threading.Thread(target=client, args=(number, made)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == {
+        number * 10 + turn: [(number + 1.0) * count for count in range(1, 7)]
+        for number in range(8)
+        for turn in range(5)
+    }

@@ -10,6 +10,7 @@ from penstock import control, gpu_metrics
 from penstock.batching import DEPARTURES
 from penstock.engine import Engine
 from penstock.job_api import metrics as job_metrics
+from penstock.messages import Sequence
 from penstock.metrics import CACHE_GAUGES, FAMILIES, render
 from penstock.process_metrics import ProcessMetrics
 from penstock.settings import Settings
@@ -210,6 +211,13 @@ def test_the_dashboard_shows_every_metric() -> None:
     assert {name for name in OF_PROCESS | OF_JOBS | OF_GPUS if name not in shown} == set()
 
 
+def test_a_cache_is_shown_though_it_is_empty(tmp_path: Path) -> None:
+    settings = Settings(model_repository=(str(tmp_path),), device="cpu", cache_config="local,size=1000")
+    text = render(Engine(settings, FakeRuntime().find)).decode()
+    assert "\nnv_cache_util 0.0\n" in text
+    assert "\nnv_cache_num_entries 0\n" in text
+
+
 def test_labels_are_escaped(tmp_path: Path) -> None:
     made = engine(tmp_path, 'a"b\\c\nd')
     text = render(made).decode()
@@ -234,6 +242,26 @@ def test_a_model_that_batches_shows_why_its_batches_left(tmp_path: Path) -> None
     assert re.findall(
         r'^penstock_batches_total\{model="batched",reason="(.*)",version="1"\} (.*)$', text, re.MULTILINE
     ) == [(reason, str(int(reason == "idle"))) for reason in DEPARTURES]
+
+
+def test_a_stateful_model_shows_how_many_sequences_live_in_it(tmp_path: Path) -> None:
+    directory = tmp_path / "stateful"
+    (directory / "1").mkdir(parents=True)
+    (directory / "1" / "model.txt").write_text("scale 1")
+    (directory / "config.pbtxt").write_text(
+        'backend: "fake" default_model_filename: "model.txt" max_batch_size: 4 sequence_batching { }'
+    )
+    made = engine(tmp_path)
+    for flow in (1, 2):
+        sent = request(1)
+        sent.inputs["X"].array = sent.inputs["X"].array.reshape(1, 1)
+        sent.sequence = Sequence(flow, start=True)
+        made.submit(made.model("stateful"), sent, answers := Answers())
+        answers.one()
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    assert 'penstock_live_sequences{model="stateful",version="1"} 2\n' in text
+    assert 'penstock_batches_total{model="stateful",reason="idle",version="1"} 2\n' in text
 
 
 def test_buckets_are_cumulative_and_in_seconds(tmp_path: Path) -> None:

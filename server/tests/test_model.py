@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from penstock import messages
 from penstock.cache import ResponseCache
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS
@@ -642,3 +643,60 @@ def test_an_instance_that_was_idle_says_how_long_it_waited_for_a_fuller_batch() 
     waited = made.statistics.histograms.gathered
     assert sum(waited.counts) == 1
     assert waited.total >= delay_ms * 1_000_000
+
+
+STATEFUL = configuration("""
+    name: "m" backend: "fake" max_batch_size: 4
+    input { name: "X" data_type: TYPE_FP32 dims: -1 }
+    output { name: "Y" data_type: TYPE_FP32 dims: -1 }
+    parameters { key: "split_oversized" value { string_value: "true" } }
+    sequence_batching { max_sequence_idle_microseconds: 60000000 oldest { preserve_ordering: true } }
+""")
+
+
+def part(rows: int, flags: str = "", flow: int = 1) -> InferRequest:
+    array = np.full((rows, 1), 2, np.float32)
+    place = messages.Sequence(flow, "S" in flags, "E" in flags)
+    return InferRequest("m", "", "", {"X": Tensor("X", FP32, array)}, {}, sequence=place, rows=rows)
+
+
+def test_requests_of_sequences_are_counted_like_others() -> None:
+    made = model(EchoInstance(3), config=STATEFUL)
+    for flags in ("S", "", "E"):
+        ask(made, part(1, flags)).one()
+    with pytest.raises(ServingError, match="must specify the START flag"):
+        ask(made, part(1))
+    close(made)
+    counts = made.statistics
+    assert (counts.success.count, counts.inference_count, counts.execution_count, counts.fail.count) == (3, 3, 3, 0)
+    assert counts.departures["idle"] == 3
+
+
+def test_a_request_of_a_sequence_is_never_split() -> None:
+    made = model(EchoInstance(), config=STATEFUL)
+    for rows in (2, 9):
+        with pytest.raises(ServingError, match="must specify batch-size 1 due to requirements of sequence batcher"):
+            ask(made, part(rows, "S"))
+    close(made)
+
+
+def test_answers_of_sequences_leave_in_the_order_of_their_requests_where_that_is_asked_for() -> None:
+    first, second = GatedInstance(), EchoInstance()
+    made = model(first, second, config=STATEFUL)
+    slow = ask(made, part(1, "S", flow=1))
+    first.wait_begun()
+    quick = ask(made, part(1, "S", flow=2))
+    while not second.batches:
+        assert not quick.ended
+    assert quick.ended == 0
+    first.gate.set()
+    slow.one()
+    quick.one()
+    close(made)
+
+
+def test_sequences_need_an_instance_that_takes_batches() -> None:
+    with pytest.raises(ServingError) as caught:
+        model(StreamingInstance(), config=STATEFUL)
+    assert caught.value.kind is Kind.UNSUPPORTED
+    assert caught.value.message == "model 'm': sequence_batching needs a runtime that takes batches"

@@ -15,12 +15,16 @@ from penstock.errors import Kind, ServingError
 from penstock.model_config import (
     FIELDS,
     BatchPolicy,
+    Control,
     InstanceGroup,
     Padding,
     QueuePolicy,
+    SequencePolicy,
+    State,
     Support,
     TensorSpec,
     batch_policy,
+    controls,
     identify,
     instance_groups,
     markdown,
@@ -29,7 +33,10 @@ from penstock.model_config import (
     read_json,
     read_text,
     refuse_unsupported,
+    sequence_policy,
+    sequence_tensors,
     signature,
+    states,
     to_json,
     validate,
 )
@@ -483,6 +490,11 @@ EITHER = "'int32_false_true', 'fp32_false_true'"
             "sequence batching specifies multiple CONTROL_SEQUENCE_START tensors for m",
         ),
         (
+            CONTROLS % f"{{ {START % 'bool_false_true: [false, true]'} control {{ kind: CONTROL_SEQUENCE_END "
+            "int32_false_true: [0, 1] } }",
+            "sequence batching control tensor 's' is specified for multiple control kinds for m",
+        ),
+        (
             CONTROLS % f"{{ {START % ''} }}",
             f"sequence batching must specify either {EITHER} or 'bool_false_true' for CONTROL_SEQUENCE_START for m",
         ),
@@ -503,6 +515,10 @@ EITHER = "'int32_false_true', 'fp32_false_true'"
         (
             CONTROLS % '{ name: "c" control { kind: CONTROL_SEQUENCE_CORRID bool_false_true: true } }',
             f"sequence batching must not specify {EITHER} or 'bool_false_true' for CONTROL_SEQUENCE_CORRID for m",
+        ),
+        (
+            NAMED % 'sequence_batching { state { input_name: "s" } }',
+            "sequence batching state 's' must specify 'data_type'",
         ),
         (
             STATE % "initial_state { } initial_state { }",
@@ -709,7 +725,7 @@ REFUSED = {
     "optimization.cuda.graph_spec": "optimization { cuda { graph_spec { batch_size: 1 } } }",
     "optimization.cuda.output_copy_stream": "optimization { cuda { output_copy_stream: true } }",
     "optimization.gather_kernel_buffer_threshold": "optimization { gather_kernel_buffer_threshold: 1 }",
-    "sequence_batching": "sequence_batching { }",
+    "sequence_batching.iterative_sequence": "sequence_batching { iterative_sequence: true }",
     "ensemble_scheduling.step.model_namespace": 'ensemble_scheduling { step { model_namespace: "n" } }',
     "instance_group.secondary_devices": "instance_group { secondary_devices { } }",
     "instance_group.profile": 'instance_group { profile: "0" }',
@@ -720,6 +736,9 @@ REFUSED = {
 }
 SLOWER = {
     "optimization.eager_batching": "optimization { eager_batching: true }",
+    "sequence_batching.state.use_same_buffer_for_input_output": "sequence_batching { state "
+    "{ use_same_buffer_for_input_output: true } }",
+    "sequence_batching.state.use_growable_memory": "sequence_batching { state { use_growable_memory: true } }",
 }
 
 
@@ -798,7 +817,7 @@ def test_the_documentation_has_one_row_per_field() -> None:
     lines = markdown().splitlines()
     assert lines[:2] == ["| Field | Support | Note |", "|---|---|---|"]
     assert "| `name` | done | equal to the directory's name, or left out |" in lines
-    assert "| `sequence_batching` | planned |  |" in lines
+    assert "| `cc_model_filenames` | planned |  |" in lines
     assert len(lines) == len(FIELDS) + 2
     assert all(line.count("|") == 4 for line in lines)
 
@@ -950,3 +969,73 @@ def test_a_batch_policy_has_nanoseconds_and_a_queue_policy_for_each_level() -> N
 
 def test_a_model_without_a_batch_axis_has_batches_of_one() -> None:
     assert batch_policy(parsed("dynamic_batching { }")) == BatchPolicy(max_rows=1)
+
+
+def test_without_sequence_batching_there_is_no_sequence_policy() -> None:
+    assert sequence_policy(parsed(SIMPLE)) is None
+    assert sequence_policy(parsed("max_batch_size: 8 dynamic_batching { }")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", SequencePolicy("m", slots=1, max_rows=1, direct=True, idle_ns=10**9)),
+        ("max_batch_size: 8", SequencePolicy("m", slots=8, max_rows=8, direct=True, idle_ns=10**9)),
+        (
+            "max_batch_size: 8 sequence_batching { max_sequence_idle_microseconds: 5 "
+            "direct { max_queue_delay_microseconds: 7 minimum_slot_utilization: 0.5 } }",
+            SequencePolicy("m", 8, 8, True, 5000, delay_ns=7000, utilization=0.5),
+        ),
+        (
+            "max_batch_size: 8 sequence_batching { oldest { } }",
+            SequencePolicy("m", 8, 8, False, 10**9, preferred_rows=(8,)),
+        ),
+        (
+            "max_batch_size: 8 sequence_batching { oldest { max_candidate_sequences: 20 preferred_batch_size: 4 "
+            "max_queue_delay_microseconds: 7 preserve_ordering: true } }",
+            SequencePolicy("m", 20, 8, False, 10**9, 7000, preferred_rows=(4,), preserve_ordering=True),
+        ),
+        (
+            'input { name: "x" data_type: TYPE_FP32 dims: -1 } input { name: "z" data_type: TYPE_FP32 dims: 1 } '
+            'sequence_batching { control_input { name: "c" control { kind: CONTROL_SEQUENCE_CORRID '
+            "data_type: TYPE_STRING } } }",
+            SequencePolicy(
+                "m", 1, 1, True, 10**9, varying=("x",), correlation=Control("c", "CORRID", DATATYPES["BYTES"])
+            ),
+        ),
+    ],
+)
+def test_a_sequence_policy_has_nanoseconds_slots_and_the_input_of_the_id(text: str, expected: SequencePolicy) -> None:
+    config = parsed(f'name: "m" backend: "b" {text}')
+    config.sequence_batching.SetInParent()
+    assert sequence_policy(normalise(config)) == expected
+
+
+def test_controls_and_states_are_plain_records() -> None:
+    config = parsed(
+        """
+        name: "m"
+        sequence_batching {
+          control_input { name: "a" control { kind: CONTROL_SEQUENCE_START int32_false_true: [ 3, 4 ] } }
+          control_input { name: "b" control { kind: CONTROL_SEQUENCE_END fp32_false_true: [ 0.5, 2 ] } }
+          control_input { name: "c" control { kind: CONTROL_SEQUENCE_READY bool_false_true: [ true, false ] } }
+          control_input { name: "d" control { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT32 } }
+          state { input_name: "i" output_name: "o" data_type: TYPE_FP32 dims: [ 2, -1 ] }
+          state {
+            input_name: "j" output_name: "p" data_type: TYPE_STRING dims: [ -1 ]
+            initial_state { name: "first" data_type: TYPE_STRING dims: [ 3 ] data_file: "words" }
+          }
+        }
+        """
+    )
+    assert controls(config) == (
+        Control("a", "START", DATATYPES["INT32"], 3, 4),
+        Control("b", "END", DATATYPES["FP32"], 0.5, 2),
+        Control("c", "READY", DATATYPES["BOOL"], True, False),
+        Control("d", "CORRID", DATATYPES["UINT32"]),
+    )
+    assert states(config) == (
+        State("i", "o", DATATYPES["FP32"], (2, 1)),
+        State("j", "p", DATATYPES["BYTES"], (3,), "words"),
+    )
+    assert sequence_tensors(config) == {"a", "b", "c", "d", "i", "o", "j", "p"}

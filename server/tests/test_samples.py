@@ -15,12 +15,14 @@ from penstock.tensor import DATATYPES
 URL = "http://localhost:8000"
 
 
-def signature(*specs: tuple[str, str, tuple[int, ...]], optional: tuple[str, ...] = ()) -> Signature:
+def signature(
+    *specs: tuple[str, str, tuple[int, ...]], optional: tuple[str, ...] = (), sequences: bool = False
+) -> Signature:
     inputs = {
         name: TensorSpec(name, DATATYPES[datatype], shape, shape, optional=name in optional)
         for name, datatype, shape in specs
     }
-    return Signature("it's", inputs, {}, frozenset(inputs) - set(optional), 0, 0)
+    return Signature("it's", inputs, {}, frozenset(inputs) - set(optional), 0, 0, sequences)
 
 
 def test_a_small_request_is_written_out() -> None:
@@ -40,6 +42,21 @@ def test_a_small_request_is_written_out() -> None:
     assert shlex.split(samples.infer(model, ["--local", "a b"])) == [
         "penstock", "infer", "it's", "--local", "a b", "a=[[1, 1]]", "b=true", 'c=["1"]',
     ]  # fmt: skip
+
+
+def test_a_request_to_a_model_with_sequences_is_a_whole_one() -> None:
+    model = signature(("a", "FP32", (1,)), sequences=True)
+    body = json.loads(shlex.split(samples.curl(model, URL))[-1])
+    assert body["parameters"] == {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
+    assert shlex.split(samples.infer(model)) == [
+        "penstock", "infer", "it's", "--sequence", "1", "--start", "--end", "a=[1]",
+    ]  # fmt: skip
+
+
+def test_a_large_request_to_a_model_with_sequences_is_a_whole_one(tmp_path: Path) -> None:
+    line = samples.curl(signature(("a", "FP32", (2000,)), sequences=True), URL)
+    body, _ = first_part(line, " | ", tmp_path)
+    assert json.loads(body)["parameters"] == {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
 
 
 def test_a_keyed_request_takes_the_key_from_the_shell() -> None:

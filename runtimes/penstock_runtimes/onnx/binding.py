@@ -49,12 +49,14 @@ def graph_sizes(config: pb.ModelConfig, defaults: Mapping[str, str]) -> tuple[in
     ServingError(INVALID) for a list of anything else, and where an input's shape is open, which no graph can have.
     """
     parameters = Parameters.of(config, defaults)
-    for entry in config.input:
-        if any(dim < 0 for dim in entry.dims):
+    given = [(entry.name, entry.dims) for entry in config.input]
+    given += [(state.input_name, state.dims) for state in config.sequence_batching.state]
+    for name, dims in given:
+        if any(dim < 0 for dim in dims):
             raise ServingError(
                 Kind.INVALID,
-                f"model '{config.name}': a CUDA graph has fixed shapes, and input '{entry.name}' has the shape "
-                f"{tensor.show(entry.dims)}; state its dims in the configuration, or leave cuda_graph out",
+                f"model '{config.name}': a CUDA graph has fixed shapes, and input '{name}' has the shape "
+                f"{tensor.show(dims)}; state its dims in the configuration, or leave cuda_graph out",
             )
     if not config.max_batch_size:
         return (1,)

@@ -12,7 +12,7 @@ import onnxruntime
 from penstock import pb
 from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
-from penstock.model_config import signature
+from penstock.model_config import signature, states
 from penstock.runtime import Cancelled, Reply
 from penstock.tensor import BF16, BYTES, Array, Tensor, join, objects
 
@@ -113,7 +113,7 @@ class OnnxInstance:
         self._context = context or Context()
         self.rest_ns = rest_ns
         self._rest = Rest(rest_ns, device) if rest_ns else None
-        if binding is None and any(spec.datatype is BF16 for spec in seen.outputs.values()):
+        if binding is None and BF16 in [*self._datatypes.values(), *(state.datatype for state in states(config))]:
             if any(spec.datatype is BYTES for spec in seen.inputs.values()):
                 raise ServingError(
                     Kind.UNSUPPORTED,
@@ -125,7 +125,7 @@ class OnnxInstance:
     def execute(
         self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
     ) -> Sequence[InferResponse | ServingError]:
-        options = self._run_options if unwanted is None else self._ended_by(unwanted)
+        options = self.options(unwanted)
         if len(batch) == 1:
             return [self._run_one(batch[0], options)]
         if self._batched:
@@ -137,8 +137,10 @@ class OnnxInstance:
         # No batch axis, or the values of one request failed the run of all: alone, each gets its own answer.
         return [self._answer(request, options) for request in batch]
 
-    def _ended_by(self, unwanted: Cancelled) -> Any:
+    def options(self, unwanted: Cancelled | None) -> Any:
         """Options of a run that ends once it is `unwanted`. Fresh ones: the flag stays set, for all who share them."""
+        if unwanted is None:
+            return self._run_options
         options = self._make_options()
         unwanted.watch(lambda: setattr(options, "terminate", True))
         return options
@@ -223,6 +225,10 @@ class OnnxInstance:
             logger.warning("model %s: %s; its requests run one by one from now on", self._model, error.message)
 
     def _run(self, names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
+        return self.shown(names, self.compute(names, feed, options))
+
+    def compute(self, names: Sequence[str], feed: dict[str, Array], options: Any) -> list[Array]:
+        """Outputs as the model gives them. `feed` has inputs as clients send them; others, as the model takes them."""
         for name, convert in self._to_model.items():
             if name in feed:  # an optional input may be absent
                 feed[name] = convert(feed[name])
@@ -232,7 +238,7 @@ class OnnxInstance:
                 return self._compute(names, feed, options)
         return self._compute(names, feed, options)
 
-    def _compute(self, names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
+    def _compute(self, names: Sequence[str], feed: dict[str, Array], options: Any) -> list[Array]:
         self.inputs_ready_ns = monotonic_ns()
         try:
             arrays: list[Array] = self._session.run(names, feed, options)
@@ -242,10 +248,14 @@ class OnnxInstance:
                 self._context.lost = True
             raise failure from error
         self.outputs_came_ns = monotonic_ns()
-        if self._from_model:
-            named = zip(names, arrays, strict=True)
-            arrays = [self._from_model[name](array) if name in self._from_model else array for name, array in named]
         return arrays
+
+    def shown(self, names: Sequence[str], arrays: list[Array]) -> list[Array]:
+        """Outputs as clients see them, of those that the model gave."""
+        if not self._from_model:
+            return arrays
+        named = zip(names, arrays, strict=True)
+        return [self._from_model[name](array) if name in self._from_model else array for name, array in named]
 
     def _response(self, request: InferRequest, names: Iterable[str], arrays: list[Array]) -> InferResponse:
         datatypes = self._datatypes

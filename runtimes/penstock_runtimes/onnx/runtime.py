@@ -9,13 +9,14 @@ from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.runtime import Host, Instance, ModelFiles, Placement
 
-from penstock_runtimes.onnx import assembly, binding, idle, memory, parameters, providers, session, signature
+from penstock_runtimes.onnx import assembly, binding, idle, memory, parameters, providers, sequences, session, signature
 from penstock_runtimes.onnx.binding import Binding
 from penstock_runtimes.onnx.faults import Context
 from penstock_runtimes.onnx.idle import Shrinker
 from penstock_runtimes.onnx.instance import OnnxInstance
 from penstock_runtimes.onnx.memory import Memory
 from penstock_runtimes.onnx.parameters import Parameters
+from penstock_runtimes.onnx.sequences import SequenceInstance
 from penstock_runtimes.onnx.signature import OnnxSignature
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class OnnxRuntime:
         opened = files.kept.pop(place, None) or self._open(files, config, place)
         if opened.device == "cpu":
             files.kept[place] = replace(opened, memory=None)  # which cannot be shared
+        sequences.check(config, opened.found)
         signature.check(config, opened.found)
         given = Parameters.of(config, self._defaults)
         rest_ns = idle.after_ns(given)
@@ -109,7 +111,7 @@ class OnnxRuntime:
         )
         if rest_ns:
             self._shrinker.add(instance)
-        return instance
+        return SequenceInstance(instance, config, files.directory) if config.HasField("sequence_batching") else instance
 
     def _open(self, files: ModelFiles, config: pb.ModelConfig, place: Placement) -> Opened:
         own = None

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 from penstock import pb
 from penstock.errors import Kind, ServingError
-from penstock.model_config import Note, unheard
+from penstock.model_config import Note, controls, sequence_tensors, states, unheard
 from penstock.model_config.records import DATATYPE_OF
 from penstock.tensor import BY_ONNX_NAME, BYTES, Array, Datatype, show
 
@@ -177,14 +177,17 @@ def complete(
         note("dynamic_batching", "on", "max_batch_size is over 1 and no scheduler is stated")
     batched = done.max_batch_size > 0
     without_batch = ", without the batch axis" if batched else ""
+    carried = sequence_tensors(config)  # by the server, and no client sees them
     if not (done.input or done.batch_input):
-        for given in found.inputs.values():
+        inputs = [given for given in found.inputs.values() if given.name not in carried]
+        for given in inputs:
             _fill(done.input.add(), given, config.name, "input", batched)
-        note("input", ", ".join(found.inputs), f"the model file has these{without_batch}")
+        note("input", ", ".join(given.name for given in inputs), f"the model file has these{without_batch}")
     if not done.output:
-        for given in found.outputs.values():
+        outputs = [given for given in found.outputs.values() if given.name not in carried]
+        for given in outputs:
             _fill(done.output.add(), given, config.name, "output", batched)
-        note("output", ", ".join(found.outputs), f"the model file has these{without_batch}")
+        note("output", ", ".join(given.name for given in outputs), f"the model file has these{without_batch}")
     return done
 
 
@@ -216,7 +219,8 @@ def _datatype(given: OnnxTensor, model: str, what: What) -> Datatype:
 def check(config: pb.ModelConfig, found: OnnxSignature) -> None:
     """Raise ServingError where a complete configuration and the file disagree (the checks of Triton's ONNX backend)."""
     computed = [(target, entry) for entry in config.batch_input for target in entry.target_name]
-    expected = len([entry for entry in config.input if not entry.optional]) + len(computed)
+    required = [entry for entry in config.input if not entry.optional]
+    expected = len(required) + len(computed) + len(controls(config)) + len(states(config))
     if expected != len(found.inputs):
         raise ServingError(
             Kind.INVALID,
@@ -339,3 +343,12 @@ def _check_shape(config: pb.ModelConfig, what: What, dims: list[int], given: Onn
             f"{model}: the model expects {len(shape)} dimensions (shape {show(shape)}) but the model configuration "
             f"specifies {len(stated)} dimensions ({note}shape {show(stated)})",
         )
+
+
+def check_state(config: pb.ModelConfig, found: OnnxSignature) -> None:
+    """Raise ServingError where the implicit state of a configuration and the file disagree, as `check` does."""
+    for state in config.sequence_batching.state:
+        taken = pb.ModelInput(name=state.input_name, data_type=state.data_type, dims=state.dims)
+        given = pb.ModelOutput(name=state.output_name, data_type=state.data_type, dims=state.dims)
+        _check_tensor(config, "input", taken, found.inputs)
+        _check_tensor(config, "output", given, found.outputs)

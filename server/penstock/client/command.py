@@ -11,7 +11,7 @@ from penstock.settings import Settings
 
 if TYPE_CHECKING:
     from penstock.client.transport import Metadata, Transport
-    from penstock.messages import InferRequest
+    from penstock.messages import InferRequest, Sequence
 
 DESCRIPTION = """\
 Send one request and print the answer. Values are typed by the model's metadata:
@@ -50,6 +50,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--classes", type=int, default=0, metavar="K",
         help="the K largest values with their labels: of the outputs that --output names, else of all FP32 and FP64",
     )  # fmt: skip
+    parser.add_argument(
+        "--sequence", help="the id of the request's sequence, a number or text, for models that have them", metavar="ID"
+    )
+    parser.add_argument("--start", action="store_true", help="it is the first request of its sequence")
+    parser.add_argument("--end", action="store_true", help="it is the last request of its sequence")
     parser.add_argument("--json", action="store_true", help="print the answer in the protocol's JSON")
 
 
@@ -120,7 +125,24 @@ def _request(arguments: argparse.Namespace, metadata: "Metadata") -> "InferReque
             raise ServingError(
                 Kind.INVALID, f"no output of model '{arguments.model}' is FP32 or FP64; name one with --output"
             )
-    return InferRequest(arguments.model, arguments.model_version, arguments.request_id, inputs, outputs)
+    return InferRequest(
+        arguments.model,
+        arguments.model_version,
+        arguments.request_id,
+        inputs,
+        outputs,
+        sequence=_sequence(arguments.sequence, arguments.start, arguments.end),
+    )
+
+
+def _sequence(id: str | None, start: bool, end: bool) -> "Sequence | None":
+    from penstock.messages import Sequence
+
+    if id is None:
+        if start or end:
+            raise ServingError(Kind.INVALID, "--start and --end need --sequence ID")
+        return None
+    return Sequence(int(id) if id.isdecimal() else id, start, end)
 
 
 def _unknown(what: str, name: str, model: str, known: Iterable[str]) -> ServingError:

@@ -64,6 +64,14 @@ def encode(request: InferRequest) -> pb.ModelInferRequest:
     for tensor in request.inputs.values():
         message.inputs.add(name=tensor.name, datatype=tensor.datatype.name, shape=tensor.array.shape)
         message.raw_input_contents.append(bytes(pack(tensor.array, tensor.datatype)))
+    if flow := request.sequence:
+        id = message.parameters["sequence_id"]
+        if isinstance(flow.id, str):
+            id.string_param = flow.id
+        else:
+            id.int64_param = flow.id
+        message.parameters["sequence_start"].bool_param = flow.start
+        message.parameters["sequence_end"].bool_param = flow.end
     for output in request.outputs.values():
         asked = message.outputs.add(name=output.name)
         if output.classification:

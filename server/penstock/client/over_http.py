@@ -59,7 +59,10 @@ def encode(request: InferRequest) -> tuple[bytes, list[bytes | memoryview]]:
         inputs.append(_tensor(tensor, len(data)))
         if len(data):
             buffers.append(data)
-    document: dict[str, Any] = {"inputs": inputs, "parameters": {"binary_data_output": True}}
+    parameters: dict[str, Any] = {"binary_data_output": True}
+    if flow := request.sequence:
+        parameters |= {"sequence_id": flow.id, "sequence_start": flow.start, "sequence_end": flow.end}
+    document: dict[str, Any] = {"inputs": inputs, "parameters": parameters}
     if request.id:
         document["id"] = request.id
     if request.outputs:

@@ -1,7 +1,8 @@
 """Model configuration: `config.pbtxt` or JSON, its defaults and checks, and the frozen records the hot path reads.
 
 A load takes the steps in this order: `read`, `identify`, `refuse_unsupported`, `validate`, the runtime's completion,
-`normalise`, `validate` once more as complete, and then what reads it: `signature`, `batch_policy`, `instance_groups`.
+`normalise`, `validate` once more as complete, and then what reads it: `signature`, `batch_policy`, `sequence_policy`,
+`instance_groups`.
 Every step leaves its argument as it is.
 """
 
@@ -21,6 +22,15 @@ from penstock.model_config.records import (
     instance_groups,
     signature,
 )
+from penstock.model_config.sequences import (
+    Control,
+    SequencePolicy,
+    State,
+    controls,
+    sequence_policy,
+    sequence_tensors,
+    states,
+)
 from penstock.model_config.support import FIELDS, Field, Support, markdown, refuse_unsupported
 
 __all__ = [
@@ -28,6 +38,7 @@ __all__ = [
     "FIELDS",
     "BatchPolicy",
     "Choice",
+    "Control",
     "Cut",
     "Field",
     "InstanceGroup",
@@ -36,10 +47,13 @@ __all__ = [
     "QueuePolicy",
     "RateLimit",
     "Resource",
+    "SequencePolicy",
     "Signature",
+    "State",
     "Support",
     "TensorSpec",
     "batch_policy",
+    "controls",
     "cuts",
     "identify",
     "instance_groups",
@@ -50,7 +64,10 @@ __all__ = [
     "read_json",
     "read_text",
     "refuse_unsupported",
+    "sequence_policy",
+    "sequence_tensors",
     "signature",
+    "states",
     "to_json",
     "to_text",
     "unheard",

@@ -197,6 +197,11 @@ def _sequence_batching(config: pb.ModelConfig) -> Iterator[str]:
                 yield f"sequence batching specifies multiple {kind} tensors for {config.name}"
             kinds.add(kind)
             yield from _control(config, kind, control)
+        if len(control_input.control) > 1:
+            yield (
+                f"sequence batching control tensor '{control_input.name}' is specified for multiple control kinds "
+                f"for {config.name}"
+            )
     for state in batching.state:
         yield from _state(state)
 
@@ -232,6 +237,8 @@ def _control(config: pb.ModelConfig, kind: str, control: Control) -> Iterator[st
 
 def _state(state: pb.ModelSequenceBatching.State) -> Iterator[str]:
     name = state.input_name
+    if state.data_type not in DATATYPE_OF:
+        yield f"sequence batching state '{name}' must specify 'data_type'"
     if len(state.initial_state) > 1:
         yield (
             f"initial_state field for state input '{name}' must contain exactly one or zero element. "

@@ -33,6 +33,7 @@ class Signature:
     required: frozenset[str]  # the inputs that are not optional
     max_batch_size: int  # 0: the model has no batch axis
     row_limit: int  # rows that one request may have
+    sequences: bool = False  # whether every request belongs to one
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ def signature(config: pb.ModelConfig, labels: Mapping[str, tuple[str, ...]] | No
         required=frozenset(tensor.name for tensor in config.input if not tensor.optional),
         max_batch_size=config.max_batch_size,
         row_limit=config.max_batch_size,
+        sequences=config.HasField("sequence_batching"),
     )
 
 

@@ -109,7 +109,36 @@ FIELDS: dict[str, Field] = {
                 ("max_queue_size", "exact"),
             )
         ),
-        _planned("sequence_batching", presence=True),
+        _done("sequence_batching.max_sequence_idle_microseconds", "counts from the last answer, too"),
+        _done("sequence_batching.control_input.name"),
+        *(
+            _done(f"sequence_batching.control_input.control.{name}")
+            for name in ("kind", "int32_false_true", "fp32_false_true", "bool_false_true", "data_type")
+        ),
+        _done("sequence_batching.direct.max_queue_delay_microseconds"),
+        _done("sequence_batching.direct.minimum_slot_utilization"),
+        _done("sequence_batching.oldest.max_candidate_sequences", "of each instance; 0 means `max_batch_size`"),
+        _done("sequence_batching.oldest.preferred_batch_size"),
+        _done("sequence_batching.oldest.max_queue_delay_microseconds"),
+        _done("sequence_batching.oldest.preserve_ordering"),
+        _done("sequence_batching.state.input_name"),
+        _done("sequence_batching.state.output_name"),
+        _done("sequence_batching.state.data_type"),
+        _done("sequence_batching.state.dims"),
+        _done("sequence_batching.state.initial_state.data_type"),
+        _done("sequence_batching.state.initial_state.dims"),
+        _done("sequence_batching.state.initial_state.zero_data", "what a state without `initial_state` begins as, too"),
+        _done("sequence_batching.state.initial_state.data_file", "one row, below `initial_state/` in the directory"),
+        _done("sequence_batching.state.initial_state.name"),
+        _planned(
+            "sequence_batching.state.use_same_buffer_for_input_output",
+            "state goes from run to run as new arrays",
+            only_slower=True,
+        ),
+        _planned(
+            "sequence_batching.state.use_growable_memory", "state goes from run to run as new arrays", only_slower=True
+        ),
+        _refused("sequence_batching.iterative_sequence", "needs a model that says when a request is done"),
         _done("ensemble_scheduling.step.model_name"),
         _done("ensemble_scheduling.step.model_version", "the highest that serves for -1, and where none is stated"),
         _done("ensemble_scheduling.step.input_map"),
