@@ -88,12 +88,13 @@ def calls(folder: Path, rounds: int) -> list[Row]:
     oip = {"inputs": inputs}
     only = ["--model-control-mode", "explicit", "--load-model=simple"]
     with contextlib.ExitStack() as stack:
-        plain = stack.enter_context(penstock([SAMPLES], folder / "plain.log", *only))
+        # Jobs come over ASGI, and so does what they are compared with.
+        plain = stack.enter_context(penstock([SAMPLES], folder / "plain.log", *only, "--http-fast-lane", "false"))
         # Results go while it is measured: their removal is a part of what a job costs.
         options = [*only, "--job-store", f"sqlite:{folder / 'calls.db'}", "--job-sync-retention-secs", "1"]
         jobs = stack.enter_context(penstock([SAMPLES], folder / "jobs.log", *options))
         loads: dict[str, tuple[Running, str, object]] = {
-            "infer, JSON": (plain, "/v2/models/simple/infer", oip),
+            "infer, JSON over ASGI": (plain, "/v2/models/simple/infer", oip),
             "runsync, the same as input": (jobs, "/v2/simple/runsync", {"input": oip}),
             "runsync, values by name": (jobs, "/v2/simple/runsync", {"input": {"INPUT0": data, "INPUT1": data}}),
         }

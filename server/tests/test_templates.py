@@ -47,7 +47,7 @@ def plain(request: InferRequest) -> tuple[object, ...]:
     arrays = {name: (one.datatype.name, one.array.dtype.str, one.array.tolist(), one.array.shape)
               for name, one in request.inputs.items()}  # fmt: skip
     return (request.model, request.version, request.id, arrays, request.outputs, request.parameters, request.priority,
-            request.timeout_us, request.rows, request.sequence)  # fmt: skip
+            request.timeout_us, request.rows, request.sequence, request.empty_final)  # fmt: skip
 
 
 def test_a_second_request_is_read_by_its_bytes_whatever_its_id_and_data() -> None:
@@ -65,11 +65,12 @@ def test_what_a_request_says_of_its_place_in_the_queue_holds_for_those_like_it()
     urgent = message(1, 2, id="1")
     urgent.parameters["priority"].uint64_param = 1
     urgent.parameters["timeout"].int64_param = 2500
+    urgent.parameters["triton_enable_empty_final_response"].bool_param = True
     assert not read(known, to, urgent.SerializeToString())[1]
     urgent.id = "2"
     request, was_known = read(known, to, urgent.SerializeToString())
     assert was_known
-    assert (request.priority, request.timeout_us) == (1, 2500)
+    assert (request.priority, request.timeout_us, request.empty_final) == (1, 2500, True)
 
 
 @pytest.mark.parametrize(

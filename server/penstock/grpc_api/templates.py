@@ -93,6 +93,7 @@ class Template:
     rows: int
     priority: int
     timeout_us: int
+    empty_final: bool
 
     def fill(self, parts: Parts) -> InferRequest | None:
         """The request that the message holds; None where its data is not what the key promises."""
@@ -108,7 +109,8 @@ class Template:
         except UnicodeDecodeError:
             return None
         return InferRequest(
-            self.model, self.version, id, inputs, self.outputs, {}, self.priority, 0, self.timeout_us, None, self.rows
+            self.model, self.version, id, inputs, self.outputs, {}, self.priority, 0, self.timeout_us, None, self.rows,
+            None, self.empty_final,
         )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ class Templates:
 
     def learn(self, parts: Parts, request: InferRequest, signature: Signature) -> None:
         """Remember what a message came to, if others like it can be read by their bytes."""
-        if request.sequence or request.parameters or request.empty_final or len(parts.raw) != len(request.inputs):
+        if request.sequence or request.parameters or len(parts.raw) != len(request.inputs):
             return
         inputs = []
         for raw, tensor in zip(parts.raw, request.inputs.values(), strict=True):
@@ -142,4 +144,5 @@ class Templates:
             request.rows,
             request.priority,
             request.timeout_us,
+            request.empty_final,
         )
