@@ -10,6 +10,7 @@ from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit
+from penstock.overruns import Overruns
 from penstock.queueing import Pending, Place, Queue, Scheduler, Seating, Source
 from penstock.rate import RateLimiter, Turn
 from penstock.runtime import PLENTY, Cancelled, Credit, Instance
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 INLINE_LIMIT_NS = 100_000  # a hand-off to a worker and back was measured at 29 to 128 us per request
 INLINE_ENDS_NS = 200_000  # INLINE_SLOW_RUNS longer than this, and the model goes to its workers from then on
 NEVER_NS = 2**63  # later than any time
+OVERRAN = -1  # stands for the time of a run that was ended, because others wait for its thread
 LOOK_S = 0.1  # how late it is found that an instance which could run nothing can again: it tells nobody
 INLINE_STALLS_NS = (
     20_000_000  # for another thread to let go of the interpreter, a run may wait 5 ms, or a few times that
@@ -38,8 +40,8 @@ class Worker:
     """An instance, its thread and its place in the crew. All fields are owned by the crew's lock."""
 
     __slots__ = (
-        "gathered_ns", "idle_ns", "in_flight", "inline", "instance", "place", "source", "thread", "turn", "wake",
-        "wakes_ns",
+        "gathered_ns", "handed", "idle_ns", "in_flight", "inline", "instance", "place", "source", "thread", "turn",
+        "wake", "wakes_ns",
     )  # fmt: skip
 
     def __init__(self, instance: Instance, source: Source, place: Place | None, lock: threading.Lock) -> None:
@@ -47,6 +49,7 @@ class Worker:
         self.source = source  # which it takes its work from
         self.place = place  # the same, where it is this worker's alone
         self.inline = False  # claimed by a thread that runs a request on it
+        self.handed: list[Pending] = []  # what ran too long there, to be run on this worker's own
         self.in_flight = 0  # requests that were started and have not had their final reply
         self.wake = threading.Condition(lock)
         self.wakes_ns = NEVER_NS  # when it wakes by itself, while it is idle
@@ -99,6 +102,7 @@ class Crew:
         self._inline_bytes = -1  # the largest request that may run inline; -1: none
         self._starts_inline = False
         self._deadlines = Deadlines(f"{name}-deadlines", self._expired)
+        self._overruns = Overruns(f"{name}-overruns")
         self._pinned = isinstance(scheduler, Seating)  # each request has its worker
         if isinstance(scheduler, Seating):
             self._workers = [
@@ -285,15 +289,20 @@ class Crew:
         elif pending.request.deadline_ns:
             self._deadlines.add(pending, pending.request.deadline_ns)
 
-    def drain(self, timeout_s: float | None = None) -> bool:
-        """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
+    def seal(self) -> None:
+        """The end is near: sequences that are idle give their slots to those that wait for one."""
         with self._lock:
-            self._draining = True
             for worker in self._workers:
                 if worker.place is not None:
                     worker.place.seal()
             if self._pinned:
                 self._call_worker(monotonic_ns())
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""
+        self.seal()
+        with self._lock:
+            self._draining = True
             return self._done.wait_for(lambda: self._unfinished == 0, timeout_s)
 
     def close(self) -> None:
@@ -309,6 +318,7 @@ class Crew:
                 self._limiter.leave(worker.turn)
             worker.instance.close()
         self._deadlines.close()
+        self._overruns.close()
 
     def _work(self, worker: Worker) -> None:
         while batch := self._next(worker):
@@ -339,6 +349,9 @@ class Crew:
         with self._lock:
             while worker.inline or not self._closed:
                 timeout_s = None
+                if worker.handed:
+                    batch, worker.handed, worker.gathered_ns = worker.handed, [], 0
+                    return batch
                 # One that can run nothing just now still takes one, and answers it if that does not change soon.
                 if not worker.inline and worker.in_flight < max(1, worker.instance.max_in_flight):
                     now_ns = monotonic_ns()
@@ -383,37 +396,51 @@ class Crew:
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
         elapsed_ns = 0
         before = _usage() if self._slow_runs else None
+        guard = self._overruns.begin(monotonic_ns())
         try:
-            elapsed_ns = self._run(worker.instance, [pending], inline=True)
+            elapsed_ns = self._run(worker.instance, [pending], guard)
         finally:
+            self._overruns.end(guard)
             with self._lock:
                 worker.inline = False
-                if worker.place is not None:
-                    worker.place.done(monotonic_ns())
-                if elapsed_ns <= INLINE_ENDS_NS:
+                if elapsed_ns == OVERRAN:
+                    worker.handed = [pending]
+                    self._slow_runs = INLINE_SLOW_RUNS
+                elif elapsed_ns <= INLINE_ENDS_NS:
                     self._slow_runs = 0
                 elif before is None or _was_slow(before, _usage(), elapsed_ns):
                     self._slow_runs += 1
+                if worker.place is not None and not worker.handed:
+                    worker.place.done(monotonic_ns())
                 if self._slow_runs == INLINE_SLOW_RUNS:
                     self._inline_bytes = -1
                     logger.info("model %s runs too long for the threads that bring its requests", self._name)
-                if self._closed or len(self._scheduler):
-                    worker.wake.notify()  # its own thread ends, or looks at what has come meanwhile
+                if self._closed or worker.handed or len(self._scheduler):
+                    worker.wake.notify()  # its own thread ends, or looks at what there is to do
                 else:
                     self._idle.append(worker)
                     worker.idle_ns = monotonic_ns()
 
-    def _run(self, instance: Instance, batch: list[Pending], inline: bool = False, gathered_ns: int = 0) -> int:
-        """Execute and reply; returns the nanoseconds that took. What runs inline is over before it could be ended."""
+    def _run(
+        self, instance: Instance, batch: list[Pending], guard: Cancelled | None = None, gathered_ns: int = 0
+    ) -> int:
+        """Execute and reply; returns the nanoseconds that took.
+
+        What runs inline has a `guard`, and is over before its client could end it. Where the guard ended it, OVERRAN is
+        returned instead, and the request is still to be answered.
+        """
         started_ns = monotonic_ns()
         wanted = self._still_wanted(batch, started_ns)
         if not wanted:
             return 0
         try:
-            results = instance.execute([pending.request for pending in wanted], None if inline else _unwanted(wanted))
+            unwanted = _unwanted(wanted) if guard is None else guard
+            results = instance.execute([pending.request for pending in wanted], unwanted)
             if len(results) != len(wanted):
                 raise ValueError(f"{len(results)} answers to {len(wanted)} requests")
         except Exception as error:  # noqa: BLE001 - whatever a runtime or user code raises fails this batch alone
+            if guard:
+                return OVERRAN
             if all(pending.cancelled for pending in wanted):  # then it ended as it was told to
                 results = [pending.cancelled.reason or _failure(error, pending) for pending in wanted]
             else:

@@ -293,6 +293,11 @@ class Lifecycle:
         if gone:  # on a thread of its own: what calls those models is opened anew, or retires
             threading.Thread(target=self._follow, args=(list(gone),), name="follow-lost-device", daemon=True).start()
 
+    def seal(self) -> None:
+        """A stop has been asked for, and what was accepted is being answered. Called before `stop`."""
+        for model in self.models():
+            model.seal()
+
     def stop(self, timeout_s: float) -> bool:
         """Refuse new work, finish what was accepted, release all models. False when time ran out first."""
         self._exiting = True
@@ -591,7 +596,7 @@ class Lifecycle:
                 if output.label_filename
             }
             signature = model_config.signature(done, labels)
-            if _splits(stated):
+            if model_config.splits_oversized(stated):
                 signature = dataclasses.replace(signature, row_limit=2**31)
             elif not stated.max_batch_size:  # nobody asked for a limit: it was completed, and only bounds a batch
                 signature = dataclasses.replace(signature, row_limit=2**31)
@@ -633,12 +638,6 @@ def _check_members(name: str, sources: Mapping[str, Sequence[ModelSource]], need
         raise ServingError(
             Kind.INVALID, f"ensemble {name} contains models that are not available or ambiguous: {', '.join(missing)}"
         )
-
-
-def _splits(config: pb.ModelConfig) -> bool:
-    """Whether the configuration lets a request have more rows than a batch."""
-    stated = config.parameters
-    return "split_oversized" in stated and stated["split_oversized"].string_value.lower() in ("1", "true")
 
 
 def _filenames(path: Path) -> list[str]:

@@ -93,6 +93,8 @@ class Model:
                 Kind.UNSUPPORTED, f"model '{self.name}': sequence_batching needs a runtime that takes batches"
             )
         inline_bytes = self._probe(instances[0])
+        for padded in self.statistics.padded:
+            padded.data = padded.padding = 0  # what the probe and the warm-up ran is nothing that requests sent
         self._instances = tuple(instances)
         self.streams = any(instance.streams for instance in instances)  # it may answer more than once, or later
         self._crew = Crew(
@@ -232,6 +234,10 @@ class Model:
         Runtimes are told apart, for one may run its models in processes of their own.
         """
         return self.config.backend == other.config.backend and any(device != "cpu" for device in self.devices)
+
+    def seal(self) -> None:
+        """The server is about to stop: what waits for a slot of a sequence gets one while it still can."""
+        self._crew.seal()
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Accept nothing more and wait until all that was accepted is answered. False when time ran out."""

@@ -34,7 +34,7 @@ class RateLimiter:
     """
 
     def __init__(self, stated: Mapping[Key, int]) -> None:
-        """`stated` are amounts by place and name; place "" stands for every device."""
+        """`stated` are amounts by place and name; place "" stands for all that are not named."""
         self._stated = stated
         self._turns: list[Turn] = []
         self._used: Counter[Key] = Counter()
@@ -105,8 +105,7 @@ class RateLimiter:
         return granted
 
     def _limit(self, key: Key) -> int | None:
-        place, name = key
-        return self._stated.get(key, None if place == GLOBAL else self._stated.get(("", name)))
+        return self._stated.get(key, self._stated.get(("", key[1])))
 
     def _amount(self, key: Key) -> int:
         stated = self._limit(key)
@@ -114,7 +113,7 @@ class RateLimiter:
 
 
 def parse(entries: Sequence[str]) -> dict[Key, int]:
-    """Amounts from `NAME:COUNT[:DEVICE]`, where DEVICE is `global`, `cpu` or the number of a GPU.
+    """Amounts from `NAME:COUNT[:DEVICE]`, where DEVICE is `global`, `cpu` or the number of a GPU; without, all of them.
 
     Raises ServingError(INVALID) for anything else.
     """

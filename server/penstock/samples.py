@@ -26,30 +26,39 @@ def difficulty(signature: Signature) -> tuple[bool, int]:
     return signature.sequences or any(spec.datatype is BYTES for spec in _inputs(signature)), elements(signature)
 
 
-def curl(signature: Signature, url: str, keyed: bool = False) -> str:
-    """A request in JSON to the server at `url`, with an API key from the shell's variable KEY where it is `keyed`."""
-    silent = 'curl -s -H "Authorization: Bearer $KEY"' if keyed else "curl -s"
+def curl(signature: Signature, url: str, keyed: bool = False, text: str = "1") -> str:
+    """A request in JSON to the server at `url`, with an API key from the shell's variable KEY where it is `keyed`.
+
+    `text` is what inputs of text have.
+    """
+    silent = _silent(keyed)
     target = f"{url}/v2/models/{quote(signature.model, safe='')}/infer"
     if elements(signature) <= MOST_WRITTEN_OUT:
         head = {"parameters": SEQUENCE} if signature.sequences else {}
-        body = json.dumps({**head, "inputs": [_entry(spec) for spec in _inputs(signature)]}, separators=(",", ":"))
+        entries = [_entry(spec, text) for spec in _inputs(signature)]
+        body = json.dumps({**head, "inputs": entries}, separators=(",", ":"))
         return f"{silent} {target} -d {shlex.quote(body)}"
-    entries = ", ".join(
+    written = ", ".join(
         f"dict(name={spec.name!r}, shape={_shape(spec)}, datatype={spec.datatype.name!r}, "
-        f"data=[{_value(spec)!r}] * {count(_shape(spec))})"
+        f"data=[{_value(spec, text)!r}] * {count(_shape(spec))})"
         for spec in _inputs(signature)
     )
     parameters = f"parameters={SEQUENCE}, " if signature.sequences else ""
-    script = f"import json; print(json.dumps(dict({parameters}inputs=[{entries}])))"
+    script = f"import json; print(json.dumps(dict({parameters}inputs=[{written}])))"
     return f"python3 -c {shlex.quote(script)} | {silent} {target} -d @-"
 
 
-def infer(signature: Signature, options: Sequence[str] = ()) -> str:
-    """The same request as a `penstock infer` line, with `options` after the model's name."""
+def job(model: str, url: str, keyed: bool = False) -> str:
+    """A job for a handler, with an input that is still to be filled in: nobody but the handler knows its form."""
+    return f"{_silent(keyed)} {url}/v2/{model}/runsync -d '{json.dumps({'input': {}})}'"
+
+
+def infer(signature: Signature, options: Sequence[str] = (), text: str = "1") -> str:
+    """The request of `curl` as a `penstock infer` line, with `options` after the model's name."""
     whole = ["--sequence", "1", "--start", "--end"] if signature.sequences else []
     head = shlex.join(["penstock", "infer", signature.model, *options, *whole])
     if elements(signature) <= MOST_WRITTEN_OUT:
-        values = [f"{spec.name}={json.dumps(_nested(spec, _shape(spec)))}" for spec in _inputs(signature)]
+        values = [f"{spec.name}={json.dumps(_nested(spec, _shape(spec), text))}" for spec in _inputs(signature)]
         return f"{head} {shlex.join(values)}"
     saves = "; ".join(
         f"numpy.save({f'{position}.npy'!r}, numpy.full({_shape(spec)}, {_value(spec)!r}, {_saved_as(spec)!r}))"
@@ -57,6 +66,10 @@ def infer(signature: Signature, options: Sequence[str] = ()) -> str:
     )
     files = [f"{spec.name}=@{position}.npy" for position, spec in enumerate(_inputs(signature))]
     return f"python3 -c {shlex.quote(f'import numpy; {saves}')} && {head} {shlex.join(files)}"
+
+
+def _silent(keyed: bool) -> str:
+    return 'curl -s -H "Authorization: Bearer $KEY"' if keyed else "curl -s"
 
 
 def _inputs(signature: Signature) -> list[TensorSpec]:
@@ -67,8 +80,8 @@ def _shape(spec: TensorSpec) -> list[int]:
     return [1 if dim < 0 else dim for dim in spec.shape]
 
 
-def _value(spec: TensorSpec) -> bool | int | str:
-    return "1" if spec.datatype is BYTES else True if spec.datatype is BOOL else 1
+def _value(spec: TensorSpec, text: str = "1") -> bool | int | str:
+    return text if spec.datatype is BYTES else True if spec.datatype is BOOL else 1
 
 
 def _saved_as(spec: TensorSpec) -> str:
@@ -76,11 +89,11 @@ def _saved_as(spec: TensorSpec) -> str:
     return {BYTES: "S1", BF16: "<f4"}.get(spec.datatype, spec.datatype.dtype.str)
 
 
-def _entry(spec: TensorSpec) -> dict[str, Any]:
+def _entry(spec: TensorSpec, text: str) -> dict[str, Any]:
     shape = _shape(spec)
-    data = [_value(spec)] * count(shape)
+    data = [_value(spec, text)] * count(shape)
     return {"name": spec.name, "shape": shape, "datatype": spec.datatype.name, "data": data}
 
 
-def _nested(spec: TensorSpec, shape: Sequence[int]) -> Any:
-    return [_nested(spec, shape[1:]) for _ in range(shape[0])] if shape else _value(spec)
+def _nested(spec: TensorSpec, shape: Sequence[int], text: str) -> Any:
+    return [_nested(spec, shape[1:], text) for _ in range(shape[0])] if shape else _value(spec, text)

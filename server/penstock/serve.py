@@ -24,7 +24,10 @@ from penstock.errors import Kind, ServingError
 from penstock.grpc_api import Door
 from penstock.http_api import HttpApp, MetricsApp, make_server
 from penstock.job_api import JobService, open_service
+from penstock.job_api.endpoints import is_endpoint
+from penstock.job_api.inputs import is_handler
 from penstock.lifecycle import State
+from penstock.model import Model
 from penstock.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -131,6 +134,7 @@ async def _serve(settings: Settings) -> tuple[int, bool]:
     await stopping
     started_s = time.monotonic()
     door.stopping.set()
+    engine.lifecycle.seal()
     finished = await _stop_doors(doors, serving, jobs, settings.exit_timeout_secs)
     if jobs is not None:
         await jobs.close()
@@ -281,6 +285,18 @@ def _print_summary(engine: Engine, addresses: dict[str, str], jobs: str, out: Te
         print(f"{'jobs':8}{jobs}", file=out)
     models = engine.lifecycle.models()
     if models and "http" in addresses:
-        signature = min((model.signature for model in models), key=samples.difficulty)
-        print(f"\nTry it:\n  {samples.curl(signature, addresses['http'], bool(engine.settings.api_keys))}\n", file=out)
+        text = suggestion(models, addresses["http"], bool(jobs), bool(engine.settings.api_keys))
+        print(f"\n{text}\n", file=out)
     out.flush()
+
+
+def suggestion(models: Sequence[Model], url: str, jobs: bool, keyed: bool) -> str:
+    """How to try one of the models, a handler only if there is nothing else: its input cannot be made up."""
+    model = min(models, key=lambda model: (is_handler(model), *samples.difficulty(model.signature)))
+    if not is_handler(model):
+        return f"Try it:\n  {samples.curl(model.signature, url, keyed)}"
+    if jobs and is_endpoint(model.name):
+        line = samples.job(model.name, url, keyed)
+    else:
+        line = samples.curl(model.signature, url, keyed, text="{}")
+    return f"Try it, with the input that its handler takes in place of {{}}:\n  {line}"

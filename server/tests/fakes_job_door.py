@@ -193,15 +193,20 @@ async def house(
     store: JobStore | None = None,
     check: Check | None = None,
     load: bool = True,
+    configs: Mapping[str, str] | None = None,
     **options: Any,
 ) -> AsyncIterator[House]:
-    """A house that runs. Models whose instance is a Handler are handler models, the others give Y for X."""
+    """A house that runs. Models whose instance is a Handler are handler models, the others give Y for X.
+
+    `configs` has what else the configuration of some says.
+    """
     makers = models or {"m": EchoInstance}
     for name, make in makers.items():
         (folder / name / "1").mkdir(parents=True, exist_ok=True)
         (folder / name / "1" / "model.txt").touch()
         config = HANDLER if getattr(make, "func", make) is Handler else ECHO
-        (folder / name / "config.pbtxt").write_text(f'name: "{name}" default_model_filename: "model.txt" {config}')
+        config = f'name: "{name}" default_model_filename: "model.txt" {config} {(configs or {}).get(name, "")}'
+        (folder / name / "config.pbtxt").write_text(config)
     settings = Settings(model_repository=(str(folder),), **{"webhook_allow_private": True, **options})
     shelf = Shelf(makers)
     engine = Engine(settings, shelf.find)

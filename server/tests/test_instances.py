@@ -150,6 +150,34 @@ def test_slow_inline_runs_in_a_row_are_the_last_ones() -> None:
     assert [thread == threading.get_ident() for thread in instance.threads] == [True] * INLINE_SLOW_RUNS + [False]
 
 
+class Endless(EchoInstance):
+    """Computes on, wherever it is asked first, until it is told that nobody wants it."""
+
+    def execute(self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None) -> Sequence[Result]:
+        if not self.batches:
+            assert unwanted is not None
+            told = threading.Event()
+            unwanted.watch(told.set)
+            super().execute(batch)
+            assert told.wait(LIMIT_S)
+            raise RuntimeError("terminated")
+        return super().execute(batch)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_inline_run_that_lasts_too_long_goes_to_its_worker_and_is_the_last_one(pinned: bool) -> None:
+    instance, ledger = Endless(3), Ledger()
+    with crew(instance, scheduler=flows() if pinned else Fifo(), ledger=ledger) as made:
+        made.allow_inline(4)
+        given = [follow(made, "a", flags)[1] if pinned else submit(made)[1] for flags in ("S", "E")]
+        assert [answers.values() for answers in given] == [[3], [3]]
+        assert (made.inline_bytes, made.drain(LIMIT_S)) == (-1, True)
+    assert len(instance.batches) == 3
+    assert instance.threads[0] == threading.get_ident()
+    assert threading.get_ident() not in instance.threads[1:]
+    assert len(ledger.times) == 2
+
+
 def test_what_comes_during_an_inline_run_goes_to_the_worker_of_that_instance() -> None:
     instance = GatedInstance()
     with crew(instance) as made:

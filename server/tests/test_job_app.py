@@ -635,6 +635,7 @@ def test_a_batch_is_collected_and_runs_once_it_is_finalized(tmp_path: Path) -> N
         }  # fmt: skip
         page = await made.get(f"{path}/requests?limit=4")
         assert (page["total"], page["hasMore"]) == (5, True)
+        assert all(re.fullmatch("[A-Za-z0-9_-]+", job["id"]) for job in page["requests"])  # 1.3
         assert sorted(job["output"] for job in (await made.get(f"{path}/requests"))["requests"] if "output" in job) == [
             0, 1, 2, 3,
         ]  # fmt: skip

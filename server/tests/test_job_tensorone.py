@@ -233,6 +233,18 @@ def test_refusals_of_keys_have_their_codes(tmp_path: Path) -> None:
     run(tmp_path, test, check=check)
 
 
+def test_what_is_kept_of_a_batch_is_no_job(tmp_path: Path) -> None:
+    async def test(made: House) -> None:
+        batch = (await made.post("/v2/m/batch", [X]))["id"]
+        unknown = (404, "JOB_NOT_FOUND", {"resource": "job", "id": batch})
+        assert await refused(made, "GET", f"/v2/jobs/{batch}/status") == unknown
+        assert await refused(made, "POST", f"/v2/jobs/{batch}/cancel") == unknown
+        assert await made.post("/v2/jobs/status/batch", {"jobIds": [batch]}) == {"jobs": [], "notFound": [batch]}
+        assert (await made.get(f"/v2/m/batch/{batch}"))["status"] == "DRAFT"
+
+    run(tmp_path, test)
+
+
 # -- endpoints
 
 
@@ -272,6 +284,14 @@ def test_a_deep_look_at_a_handler_asks_it_nothing(tmp_path: Path) -> None:
         assert (answer["status"], answer["checks"]["inference"]) == ("healthy", "skipped")
 
     run(tmp_path, test, {"h": handler(echo)})
+
+
+def test_a_deep_look_at_a_model_of_sequences_asks_it_nothing(tmp_path: Path) -> None:
+    async def test(made: House) -> None:
+        answer = await made.get("/v2/endpoints/m/health?check=deep")
+        assert (answer["status"], answer["checks"]["inference"]) == ("healthy", "skipped")
+
+    run(tmp_path, test, configs={"m": "max_batch_size: 1 sequence_batching { }"})
 
 
 def test_a_model_that_is_not_served_is_unhealthy(tmp_path: Path) -> None:

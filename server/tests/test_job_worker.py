@@ -217,6 +217,25 @@ def test_while_a_process_is_replaced_its_jobs_wait_and_their_time_does_not_run(t
     run(tmp_path, test, {"h": handler(echo)})
 
 
+def test_jobs_whose_sequences_wait_for_a_slot_do_not_keep_that_from_ending_which_has_it(tmp_path: Path) -> None:
+    def step(sequence: int, **controls: bool) -> Any:
+        tensor = {"name": "X", "datatype": "FP32", "shape": [1, 1], "data": [sequence]}
+        parameters = {"sequence_id": sequence} | {f"sequence_{name}": value for name, value in controls.items()}
+        return {"input": {"parameters": parameters, "inputs": [tensor]}}
+
+    async def test(made: House) -> None:
+        await made.post("/v2/m/runsync", step(1, start=True))
+        waiting = [await made.post("/v2/m/run", step(number, start=True, end=True)) for number in range(2, 12)]
+        await made.until("/v2/m/health", lambda health: health["jobs"]["inProgress"] == len(waiting))
+        assert (await made.post("/v2/m/runsync", step(1, end=True)))["status"] == "COMPLETED"
+        for job in waiting:
+            assert (await final(made, "m", job["id"]))["status"] == "COMPLETED"
+
+    lasting = "max_batch_size: 1 sequence_batching { max_sequence_idle_microseconds: 3600000000 }"
+    elsewhere = functools.partial(EchoInstance, device="cuda:0")  # where a model has no jobs at hand besides
+    run(tmp_path, test, {"m": elsewhere}, configs={"m": lasting})
+
+
 # -- failures
 
 
@@ -231,6 +250,8 @@ def test_a_job_whose_worker_is_lost_runs_once_more_and_then_fails(tmp_path: Path
         job = await made.post("/v2/h/runsync", {"input": 7})
         assert (job["status"], job["error"], job["retries"]) == ("FAILED", "worker lost: signal SIGSEGV", 1)
         assert runs == [7, 7]
+        lines = (await made.get("/v2/endpoints/h/logs"))["logs"]
+        assert [line.partition(" ERROR ")[2] for line in lines] == [f"{job['id']}: {job['error']}"] * 2
 
     run(tmp_path, test, {"h": handler(script)})
 

@@ -344,18 +344,33 @@ def test_devices_are_named_once_each() -> None:
 
 
 class PaddingInstance(EchoInstance):
-    """Says that it filled up inputs."""
+    """Says that it filled up each request's inputs with one element."""
 
     def __init__(self, padded: Padded | None) -> None:
         super().__init__()
         self.padded = padded
 
+    def answers(self, batch: Sequence[InferRequest]) -> Sequence[Result]:
+        if self.padded is not None:
+            self.padded.data += sum(request.inputs["X"].array.size for request in batch)
+            self.padded.padding += len(batch)
+        return super().answers(batch)
+
 
 def test_instances_that_pad_count_it_among_the_models_numbers() -> None:
-    padding, plain = PaddingInstance(Padded(data=3, padding=1)), PaddingInstance(None)
+    padding, plain = PaddingInstance(Padded()), PaddingInstance(None)
     made = model(padding, plain, EchoInstance())
     close(made)
     assert made.statistics.padded == (padding.padded,)
+
+
+def test_what_was_padded_before_a_model_serves_is_not_counted() -> None:
+    made = model(PaddingInstance(Padded(data=3, padding=1)))
+    before = made.statistics.padded[0]
+    assert (before.data, before.padding) == (0, 0)
+    ask(made, request(1, 2, 3)).one()
+    assert (before.data, before.padding) == (3, 1)
+    close(made)
 
 
 # -- batching

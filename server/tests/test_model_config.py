@@ -408,6 +408,10 @@ EITHER = "'int32_false_true', 'fp32_false_true'"
             "dynamic batching preferred size must be positive for m",
         ),
         (
+            BATCHED % 'parameters { key: "split_oversized" value { string_value: "maybe" } }',
+            "parameter 'split_oversized' expects true or false, got 'maybe' for m",
+        ),
+        (
             BATCHED % "dynamic_batching { preferred_batch_size: [4, 5] }",
             "dynamic batching preferred size must be <= max batch size for m",
         ),

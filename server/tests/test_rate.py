@@ -69,6 +69,19 @@ def test_resources_are_of_each_device_unless_they_are_global() -> None:
     assert (bench.limiter.take(third), bench.limiter.take(fourth)) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("entries", "runs"),
+    [
+        (["R:2"], [True, True, False]),
+        (["R:2:global", "R:1"], [True, True, False]),
+        (["R:2:cpu"], [True, False, False]),  # of another R than the one that is global
+    ],
+)
+def test_an_amount_without_a_place_is_that_of_a_global_resource_too(entries: list[str], runs: list[bool]) -> None:
+    bench = Bench(*entries)
+    assert [bench.limiter.take(bench.enter(name, r(1, everywhere=True))) for name in "abc"] == runs
+
+
 def test_priority_2_has_half_as_many_turns_as_priority_1() -> None:
     bench = Bench("R:1")
     turns = {"one": bench.enter("one", r(1)), "two": bench.enter("two", r(1), priority=2)}

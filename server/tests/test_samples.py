@@ -64,6 +64,17 @@ def test_a_keyed_request_takes_the_key_from_the_shell() -> None:
     assert line.startswith(f'curl -s -H "Authorization: Bearer $KEY" {URL}/v2/models/')
 
 
+def test_a_model_of_text_is_told_what_is_asked_for() -> None:
+    model = signature(("input", "BYTES", (1,)))
+    assert json.loads(shlex.split(samples.curl(model, URL, text="{}"))[-1])["inputs"][0]["data"] == ["{}"]
+    assert shlex.split(samples.infer(model, text="{}"))[-1] == 'input=["{}"]'
+
+
+def test_a_job_has_an_input_that_is_still_to_be_filled_in() -> None:
+    assert shlex.split(samples.job("h", URL)) == ["curl", "-s", f"{URL}/v2/h/runsync", "-d", '{"input": {}}']
+    assert '"Authorization: Bearer $KEY"' in samples.job("h", URL, keyed=True)
+
+
 def first_part(line: str, divider: str, where: Path) -> tuple[str, str]:
     """What the part of a shell line before `divider` prints, and the part after it."""
     script, _, rest = line.partition(divider)

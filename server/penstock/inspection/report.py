@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock import model_config, pb, samples
+from penstock.members import HANDLER
 from penstock.model import Model
 from penstock.model_config import Choice, TensorSpec, instance_groups
 from penstock.repository import ModelSource
@@ -75,12 +76,17 @@ class Inspection:
 
     @property
     def curl(self) -> str:
-        return samples.curl(self.model.signature, URL)
+        return samples.curl(self.model.signature, URL, text=self._text)
 
     @property
     def infer(self) -> str:
         """A `penstock infer` line that needs no server."""
-        return samples.infer(self.model.signature, ["--local", str(self.path)])
+        return samples.infer(self.model.signature, ["--local", str(self.path)], self._text)
+
+    @property
+    def _text(self) -> str:
+        """What the samples say where text is wanted: to a handler, an object that is still to be filled in."""
+        return "{}" if self.model.config.backend == HANDLER else "1"
 
 
 def _from_here(path: Path) -> Path:

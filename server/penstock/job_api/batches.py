@@ -92,7 +92,7 @@ class Batches:
                 documents = orjson.loads(whole.request.input)
                 orders = enumerate(map(order, documents))
                 name = part.request.id
-                await asyncio.gather(*(self._queue(one, f"{name}.{number}") for number, one in orders))
+                await asyncio.gather(*(self._queue(one, f"{name}_{number}") for number, one in orders))
             await self._store.add(_part(endpoint, id, f"{id}-final", b"[]", {"final": True}))
 
     async def _queue(self, order: Order, id: str) -> None:

@@ -18,7 +18,7 @@ from penstock.job_api.inputs import INPUT, VALIDATION_ERROR, FieldError, Prepare
 from penstock.job_api.journal import Journal
 from penstock.job_api.store import Chunks, Job, JobStore, Request, State
 from penstock.job_api.webhooks import check_url
-from penstock.job_api.worker import Sizes, Worker
+from penstock.job_api.worker import Sizes, Worker, capacity
 from penstock.messages import JobContext
 
 EXECUTION_MS = (5_000, 604_800_000)  # bounds of policy.executionTimeout (1.2)
@@ -137,7 +137,7 @@ class Desk:
         request, prepared = self.accept(order, id, self.terms.sync_retention_ms)
         claim = None
         if prepared is not None and not order.low_priority:
-            claim = self.worker.reserve(order.endpoint, prepared.model.concurrency)
+            claim = self.worker.reserve(order.endpoint, capacity(prepared.model))
         job = None
         try:
             job = await self.store.add(request, self.terms.queue_limit, claim)
@@ -160,7 +160,7 @@ class Desk:
 
     # -- asking
 
-    async def find(self, id: str, endpoint: str = "", whole: bool = False) -> Job:
+    async def find(self, id: str, endpoint: str, whole: bool = False) -> Job:
         """Raises ServingError(NOT_FOUND)."""
         return _known(await self.store.get(id, endpoint, now_ms(), whole), id)
 

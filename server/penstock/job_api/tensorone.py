@@ -16,6 +16,7 @@ from penstock.errors import Kind, ServingError
 from penstock.http_api.answers import BESIDES, STATUS, Answer, answer
 from penstock.job_api.app import Call, MethodError, Operation, bound, dumped, members
 from penstock.job_api.desk import Desk, Order, clamped, now_ms, whole_number
+from penstock.job_api.endpoints import is_endpoint
 from penstock.job_api.inputs import INPUT, INVALID_INPUT, VALIDATION_ERROR, FieldError, is_handler
 from penstock.job_api.journal import LEVELS, iso
 from penstock.job_api.rates import Window
@@ -216,8 +217,7 @@ class TensorOne:
         given = members(await call.document(self._desk.sizes.run))
         include = _names(given.get("include", []), "include")
         ids = _names(given.get("jobIds"), "jobIds")
-        store, now = self._desk.store, now_ms()
-        jobs = await asyncio.gather(*(store.get(id, "", now) for id in ids))
+        jobs = await asyncio.gather(*map(self._get, ids))
         known = [self._status(job, include) for job in jobs if job is not None]
         missing = [id for id, job in zip(ids, jobs, strict=True) if job is None]
         return dumped({"jobs": known, "notFound": missing})
@@ -235,12 +235,16 @@ class TensorOne:
         )  # fmt: skip
 
     async def _find(self, id: str) -> Job:
-        try:
-            return await self._desk.find(id)
-        except ServingError as error:
-            if error.kind is not Kind.NOT_FOUND:
-                raise
-            raise TensorOneError(error.kind, 404, "JOB_NOT_FOUND", error.message, resource="job", id=id) from None
+        job = await self._get(id)
+        if job is None:
+            message = f"job '{id}' is not found"
+            raise TensorOneError(Kind.NOT_FOUND, 404, "JOB_NOT_FOUND", message, resource="job", id=id)
+        return job
+
+    async def _get(self, id: str) -> Job | None:
+        """A job of any endpoint. What the store keeps of a batch is none: it has no endpoint's name."""
+        job = await self._desk.store.get(id, "", now_ms())
+        return job if job is not None and is_endpoint(job.request.endpoint) else None
 
     def _status(self, job: Job, include: tuple[str, ...] = (), summary: bool = False) -> dict[str, Any]:
         request, state = job.request, job.state
@@ -449,8 +453,10 @@ class TensorOne:
 
 
 async def _probed(desk: Desk, model: Model, timeout_s: int) -> str:
-    """Whether the model answers to zeros. A handler is not asked: its input has no form that could be made up."""
-    if is_handler(model):
+    """Whether the model answers to zeros. A handler is not asked: its input has no form that could be made up. Nor is a
+    model of sequences: one that was made up could hold a slot of theirs, or wait for one.
+    """
+    if is_handler(model) or model.signature.sequences:
         return "skipped"
     try:
         async with asyncio.timeout(timeout_s):

@@ -24,6 +24,7 @@ from penstock.job_api.inputs import Prepared, is_handler, prepare
 from penstock.job_api.journal import Journal
 from penstock.job_api.store import Claim, Job, JobStore, State, Sweep
 from penstock.messages import JobContext
+from penstock.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ REPLACED_S = 0.1  # how late it is found that a process that runs jobs was repla
 PAUSE_S = 1.0  # before what failed for a while is tried again
 SAVE_PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # between attempts to record a result while the store cannot be reached
 PENDING_CHUNKS = 32  # that may wait to be recorded before their producer does
+SEQUENCES_AT_HAND = 64  # jobs of sequences that may wait here for a slot of their model
 
 # What becomes of a job whose run failed; of any other kind, it is FAILED.
 ENDS = {
@@ -134,7 +136,7 @@ class Worker:
         self._replacing = False
         for model in {model.name: model for model in self._engine.lifecycle.models()}.values():
             if model.name not in self._paused and is_endpoint(model.name):
-                slots = model.concurrency - self._taken[model.name]
+                slots = capacity(model) - self._taken[model.name]
                 self._replacing |= model.ready_workers < model.workers
                 if slots > 0:
                     free[model.name] = (slots + 1) // 2
@@ -279,7 +281,7 @@ class Worker:
 
     async def _lost(self, job: Job, lost: WorkerLostError) -> Job | None:
         request, now_ms, held = job.request, _now_ms(), {job.request.id: job.attempt}
-        self._journal.note(request.endpoint, now_ms, "error", request.id, f"worker lost: {lost.message}")
+        self._journal.note(request.endpoint, now_ms, "error", request.id, lost.message)
         if not lost.blamed:
             await _saved(lambda: self._store.release(held, now_ms))
             return None
@@ -362,6 +364,13 @@ class Worker:
         for id in swept.stop:
             self.drop(id)
         self._due()
+
+
+def capacity(model: Model) -> int:
+    """How many jobs of a model run at a time. One whose sequence waits for a slot of the model waits for others to end,
+    so there is room beside it for what continues and ends those.
+    """
+    return model.concurrency + (SEQUENCES_AT_HAND if model.signature.sequences else 0)
 
 
 class Recorder:

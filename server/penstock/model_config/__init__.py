@@ -21,6 +21,7 @@ from penstock.model_config.records import (
     batch_policy,
     instance_groups,
     signature,
+    splits_oversized,
 )
 from penstock.model_config.sequences import (
     Control,
@@ -67,6 +68,7 @@ __all__ = [
     "sequence_policy",
     "sequence_tensors",
     "signature",
+    "splits_oversized",
     "states",
     "to_json",
     "to_text",

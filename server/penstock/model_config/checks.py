@@ -12,7 +12,7 @@ from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.model_config import padding
 from penstock.model_config.completion import BACKENDS, ENSEMBLE
-from penstock.model_config.records import DATATYPE_OF
+from penstock.model_config.records import DATATYPE_OF, SPLIT_OVERSIZED
 
 MOST_LEVELS = 1000  # of priority, each of which has a queue
 MIN_COMPUTE_CAPABILITY = "6.0"
@@ -38,6 +38,7 @@ def _complaints(config: pb.ModelConfig, gpus: Sequence[int], complete: bool) -> 
         yield from _batch_tensors(config)
         yield from padding.complaints(config)
     yield from _dynamic_batching(config)
+    yield from _split_oversized(config)
     yield from _sequence_batching(config)
     yield from _ensemble(config)
     yield from _response_cache(config)
@@ -172,6 +173,13 @@ def _preferred_sizes(config: pb.ModelConfig, batcher: str, sizes: Iterable[int])
             yield f"{batcher} batching preferred {word} must be positive for {config.name}"
         if size > config.max_batch_size:
             yield f"{batcher} batching preferred {word} must be <= max batch size for {config.name}"
+
+
+def _split_oversized(config: pb.ModelConfig) -> Iterator[str]:
+    if SPLIT_OVERSIZED in config.parameters:
+        said = config.parameters[SPLIT_OVERSIZED].string_value
+        if said.lower() not in padding.TRUTHS:
+            yield f"parameter '{SPLIT_OVERSIZED}' expects true or false, got '{said}' for {config.name}"
 
 
 def _sequence_batching(config: pb.ModelConfig) -> Iterator[str]:

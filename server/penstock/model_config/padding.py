@@ -20,7 +20,7 @@ from penstock.tensor import BOOL, BY_CONFIG_NAME, BYTES, Datatype
 
 FORMS = {"pad": ("axis", "value", "buckets"), "cut": ("axis", "input")}
 NONE = "none"  # as the axis of an output: it is never cut
-_TRUTHS = {"0": False, "false": False, "1": True, "true": True}
+TRUTHS = {"0": False, "false": False, "1": True, "true": True}
 
 Stated: TypeAlias = dict[str, dict[str, dict[str, str]]]  # "pad" or "cut", tensor, what of it: the text
 Shape: TypeAlias = tuple[int, ...]
@@ -164,5 +164,5 @@ def _value(datatype: Datatype, text: str) -> Any:
     if datatype is BYTES:
         return text.encode()
     if datatype is BOOL:
-        return _TRUTHS[text.lower() or "0"]
+        return TRUTHS[text.lower() or "0"]
     return datatype.dtype.type((int if datatype.is_integer else float)(text or "0"))

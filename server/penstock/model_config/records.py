@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from penstock import pb
-from penstock.model_config.padding import Padding, paddings
+from penstock.model_config.padding import TRUTHS, Padding, paddings
 from penstock.tensor import BY_CONFIG_NAME, Datatype
 
 # The datatype of a tensor by its number in a configuration.
 DATATYPE_OF: dict[int, Datatype] = {pb.DataType.Value(name): row for name, row in BY_CONFIG_NAME.items()}
+SPLIT_OVERSIZED = "split_oversized"  # the parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,11 @@ def signature(config: pb.ModelConfig, labels: Mapping[str, tuple[str, ...]] | No
         row_limit=config.max_batch_size,
         sequences=config.HasField("sequence_batching"),
     )
+
+
+def splits_oversized(config: pb.ModelConfig) -> bool:
+    """Whether a valid configuration lets a request have more rows than a batch."""
+    return SPLIT_OVERSIZED in config.parameters and TRUTHS[config.parameters[SPLIT_OVERSIZED].string_value.lower()]
 
 
 def instance_groups(config: pb.ModelConfig) -> tuple[InstanceGroup, ...]:

@@ -1,0 +1,79 @@
+"""Runs on threads that others wait for, ended where they last too long."""
+
+import threading
+from time import monotonic_ns
+
+from penstock.errors import Kind, ServingError
+from penstock.runtime import Cancelled
+
+LIMIT_NS = 50_000_000  # an event loop that stands still for longer is noticed by all of its clients
+REST_AFTER = 40  # looks without a run in between, at two in LIMIT_NS
+OVERRUN = ServingError(Kind.INTERNAL, "the run was ended, for others wait for its thread")
+
+
+class Overruns:
+    """Says to each run that it is unwanted once it has lasted for LIMIT_NS.
+
+    A model may compute for microseconds on one input, and for minutes on another. One thread looks, which starts with
+    the first run and sleeps while there are none: a timer for each would cost more than the run. Safe on any thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._running: dict[Cancelled, int] = {}  # since when
+        self._seen = False  # whether a run began since the last look
+        self._resting = True
+        self._wake = threading.Event()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, now_ns: int) -> Cancelled:
+        """What tells a run that begins that it lasts too long. To be given to `end` when it has ended."""
+        guard = Cancelled()
+        self._running[guard] = now_ns
+        self._seen = True
+        if self._resting:
+            self._rouse()
+        return guard
+
+    def end(self, guard: Cancelled) -> None:
+        """The run has ended."""
+        del self._running[guard]
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _rouse(self) -> None:
+        with self._lock:
+            self._resting = False
+            self._wake.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name=self._name, daemon=True)
+                self._thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            quiet = 0
+            while quiet < REST_AFTER:
+                if self._closed.wait(LIMIT_NS / 2e9):
+                    return
+                quiet = 0 if self._seen or self._running else quiet + 1
+                self._seen = False
+                self.look(monotonic_ns())
+            with self._lock:
+                self._resting = not self._seen  # else one began just now, and has found this awake
+                if not self._resting:
+                    self._wake.set()
+
+    def look(self, now_ns: int) -> None:
+        """End the runs that have lasted too long."""
+        for guard, since_ns in tuple(self._running.items()):
+            if now_ns - since_ns > LIMIT_NS:
+                guard.set(OVERRUN)
