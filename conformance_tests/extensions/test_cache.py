@@ -54,6 +54,30 @@ def test_an_equal_request_is_answered_without_an_execution(carrier: Carrier, htt
 
 
 @both
+@clause("cache.durations")
+@needs("cached")
+def test_hits_and_misses_take_the_time_that_requests_take(carrier: Carrier, http: HttpClient) -> None:
+    array = np.full((300, 300), next(NUMBERS), np.float32)
+    phases = ("queue", "compute_input", "compute_infer", "compute_output")
+
+    def spent() -> dict[str, int]:
+        return {name: int(told["ns"]) for name, told in counted(http)["inference_stats"].items()}
+
+    before = spent()
+    ask(carrier, array)
+    missed = {name: ns - before[name] for name, ns in spent().items()}
+    assert missed["cache_hit"] == missed["fail"] == 0
+    # A copy of the answer is kept after the request was computed, which it was looked up before.
+    computed_ns = sum(missed[name] for name in phases)
+    assert computed_ns < missed["success"] < computed_ns + missed["cache_miss"]
+    before = spent()
+    ask(carrier, array)
+    hit = {name: ns - before[name] for name, ns in spent().items()}
+    assert 0 < hit["cache_hit"] == hit["success"] - hit["queue"]
+    assert [hit[name] for name in (*phases[1:], "cache_miss", "fail")] == [0] * 5
+
+
+@both
 @clause("cache.hit")
 @needs("cached")
 def test_other_bytes_shapes_or_outputs_are_another_request(carrier: Carrier, http: HttpClient) -> None:

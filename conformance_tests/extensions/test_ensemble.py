@@ -189,6 +189,65 @@ def test_each_step_counts_on_its_model_and_the_ensemble_on_its_own(door: Door, h
     assert counts == {"ensemble_nested": (1, 2, 1), "ensemble_chain": (1, 2, 1), "simple": (3, 6, 3)}
 
 
+PHASES = ("compute_input", "compute_infer", "compute_output")
+
+
+def computed(door: Door, models: tuple[str, ...], act: Callable[[], object]) -> dict[str, list[tuple[int, int]]]:
+    """How often and for how many nanoseconds each phase was counted, by model, while `act` runs."""
+
+    def now(model: str) -> list[tuple[int, int]]:
+        told = counted(door, model)["inference_stats"]
+        return [(int(told[phase]["count"]), int(told[phase]["ns"])) for phase in PHASES]
+
+    before = {model: now(model) for model in models}
+    act()
+    return {
+        model: [(n - m, t - s) for (m, s), (n, t) in zip(before[model], now(model), strict=True)] for model in models
+    }
+
+
+def total(*models: list[tuple[int, int]]) -> list[int]:
+    """Nanoseconds of each phase of these models together."""
+    return [sum(ns for _, ns in phase) for phase in zip(*models, strict=True)]
+
+
+@clause("ensemble.compute")
+@needs("ensemble_nested", "ensemble_chain", "simple")
+def test_an_ensemble_computes_what_its_steps_compute(door: Door, http: HttpClient) -> None:
+    models = ("ensemble_chain", "simple", "ensemble_nested")
+    chain, simple, nested = computed(door, models, lambda: infer(HttpBinary(http), ints("ensemble_chain"))).values()
+    assert (total(chain), total(nested)) == (total(simple), [0, 0, 0])
+    assert [count for count, _ in chain] == [1, 1, 1]
+    assert min(total(chain)) > 0
+    chain, simple, nested = computed(door, models, lambda: infer(HttpBinary(http), ints("ensemble_nested"))).values()
+    assert total(nested) == total(simple)
+    assert 0 < total(chain)[1] < total(nested)[1]
+    assert [count for count, _ in nested] == [1, 1, 1]
+
+
+@clause("ensemble.compute")
+@needs("ensemble_diamond", "sum_of_two", *SLOW)
+def test_steps_side_by_side_are_added_up(door: Door, http: HttpClient) -> None:
+    models = ("ensemble_diamond", "sum_of_two", *SLOW)
+    diamond, *steps = computed(door, models, lambda: infer(HttpBinary(http), rows(5))).values()
+    assert total(diamond) == total(*steps)
+    assert all(ns > 0 for step in steps for _, ns in step)
+
+
+@clause("ensemble.compute")
+@needs("ensemble_of_cached", "cached")
+def test_a_step_that_the_cache_answers_computes_nothing(door: Door, http: HttpClient) -> None:
+    sent = Input("INPUT0", "FP32", np.full((2, 2), time.time_ns() % 2**20 + 0.5, np.float32))  # sent by nobody before
+    call = Call("ensemble_of_cached", [sent])
+    first, second = (
+        computed(door, ("ensemble_of_cached", "cached"), lambda: infer(HttpBinary(http), call)) for _ in range(2)
+    )
+    assert total(first["ensemble_of_cached"]) == total(first["cached"])
+    assert total(first["cached"])[1] > 0
+    assert second["cached"] == [(0, 0)] * 3
+    assert second["ensemble_of_cached"] == [(1, 0)] * 3
+
+
 @both
 @clause("ensemble.cached")
 @needs("ensemble_cached", "simple")

@@ -165,16 +165,24 @@ def test_a_lone_request_waits_for_the_delay_and_a_full_batch_does_not(carrier: C
 
 
 @both
-@clause("schedule_policy.max_queue_size")
+@clause("schedule_policy.max_queue_size", "statistics.refused")
 @needs("slow_rows_limited")
-def test_a_full_queue_refuses_at_once(crowd: Callable[[str], Crowd]) -> None:
+def test_a_full_queue_refuses_at_once_and_counts_nothing(crowd: Callable[[str], Crowd]) -> None:
     group = crowd("slow_rows_limited")
+
+    def failures() -> list[float]:
+        family = "nv_inference_request_failure"
+        return [group.gauge(family, f',reason="{reason}"') for reason in ("REJECTED", "BACKEND", "OTHER")]
+
+    before = failures()
     with group.busy():
         waiting = [group.queue(str(number), rows(group.model, number)) for number in range(2)]
         assert group.carrier.send(rows(group.model, 2)) == Refusal(
             "UNAVAILABLE", "[request id: <id_unknown>] Exceeds maximum queue size"
         )
+        assert group.gauge("nv_inference_pending_request_count") == 2
     assert [value(future) for future in waiting] == [0, 1]
+    assert failures() == before
 
 
 @clause("schedule_policy.retry_after")

@@ -98,6 +98,30 @@ def test_requests_rows_and_executions_are_counted(door: Door, target: Target) ->
     assert {size: new[size] - old.get(size, 0) for size in (1, 2)} == {1: 2, 2: 1}
 
 
+@clause("statistics.durations")
+@needs("simple")
+def test_the_time_of_a_request_is_that_of_the_queue_and_of_the_phases(door: Door, target: Target) -> None:
+    carrier = HttpBinary(HttpClient(target.http))
+    before = entry(door, "simple")
+    want = count(before, "success") + 2
+    for _ in range(2):
+        infer(carrier, simple(rows=3))
+    after = settled(lambda: entry(door, "simple"), lambda now: count(now, "success") >= want)
+    phases = ("compute_input", "compute_infer", "compute_output")
+    spent = {
+        name: int(after["inference_stats"][name]["ns"] - before["inference_stats"][name]["ns"])
+        for name in ("success", "queue", *phases)
+    }
+    assert all(ns > 0 for ns in spent.values()), spent
+    assert spent["success"] >= spent["queue"] + sum(spent[phase] for phase in phases)
+
+    def of_three_rows(document: Document, phase: str) -> int:
+        return sum(int(batch[phase]["ns"]) for batch in document["batch_stats"] if batch["batch_size"] == 3)
+
+    for phase in phases:  # each was an execution of its own
+        assert of_three_rows(after, phase) - of_three_rows(before, phase) == spent[phase], phase
+
+
 @clause("statistics.failure")
 @needs("failing")
 def test_a_failure_touches_nothing_but_the_failures(door: Door, target: Target) -> None:

@@ -56,6 +56,7 @@ def make_ensembles(directory: Path) -> None:
     - ensemble_chain: LEFT, RIGHT → TWICE_LEFT, TWICE_RIGHT, INT32 [batch,16], by `simple` twice
     - ensemble_nested: LEFT, RIGHT → SUM, DIFFERENCE of both doubled, by ensemble_chain and then `simple`
     - ensemble_cached: LEFT, RIGHT → SUM by `simple`, with the response cache
+    - ensemble_of_cached: FP32 INPUT0 → OUTPUT0 = -INPUT0 [rows,columns] by `cached`, which has the response cache
     - sum_of_two: no ensemble: FP32 OUTPUT0 = INPUT0 + INPUT1 [rows,columns]
     - ensemble_diamond: FP32 INPUT0 [1,columns] → OUTPUT0 = 2 · INPUT0, the sum of what slow_rows_sharing and
       slow_rows_sharing_too give; they take batches of one, where the ensemble itself has no batch axis
@@ -76,6 +77,9 @@ def make_ensembles(directory: Path) -> None:
     kept = "max_batch_size: 8 response_cache { enable: true }"
     only = Step("simple", {"INPUT0": "LEFT", "INPUT1": "RIGHT"}, {"OUTPUT0": "SUM"})
     ensemble("ensemble_cached", both, {"SUM": INTS}, [only], kept).write(directory)
+
+    negative = Step("cached", {"INPUT0": "INPUT0"}, {"OUTPUT1": "OUTPUT0"})
+    ensemble("ensemble_of_cached", {"INPUT0": FLOATS}, {"OUTPUT0": FLOATS}, [negative]).write(directory)
 
     _sum_of_two().write(directory)
     slow = [

@@ -8,7 +8,7 @@ import numpy as np
 from google.protobuf import text_format
 from penstock import model_config, pb
 from penstock.errors import Kind, ServingError
-from penstock.messages import InferRequest, InferResponse, RequestedOutput
+from penstock.messages import InferRequest, InferResponse, Phases, RequestedOutput
 from penstock.model_config import Signature
 from penstock.runtime import PLENTY, Cancelled, Credit, Instance, ModelFiles, Placement, Reply
 from penstock.tensor import FP32, Tensor
@@ -55,15 +55,17 @@ class Sent:
     def cancel(self, reason: ServingError) -> None:
         self.cancelled.append(reason)
 
-    def answer(self, *values: float, final: bool = True, partial: bool = False) -> Credit:
-        """A tensor of one value for each output that was asked for."""
+    def answer(
+        self, *values: float, final: bool = True, partial: bool = False, computed: Phases | None = None
+    ) -> Credit:
+        """A tensor of one value for each output that was asked for, and how it was computed."""
         tensors = [
             Tensor(name, FP32, np.array([value], np.float32)) for name, value in zip(self.outputs, values, strict=True)
         ]
-        return self.reply(InferResponse("m", "1", self.asked.id, tensors), final, partial)
+        return self.reply(InferResponse("m", "1", self.asked.id, tensors, computed=computed), final, partial)
 
-    def end(self) -> Credit:
-        return self.reply(InferResponse("m", "1", self.asked.id, []))
+    def end(self, computed: Phases | None = None) -> Credit:
+        return self.reply(InferResponse("m", "1", self.asked.id, [], computed=computed))
 
     def fail(self, error: ServingError) -> None:
         self.reply(error)
@@ -149,6 +151,10 @@ class Answers:
             assert isinstance(result, InferResponse), result
             shown.append({tensor.name: tensor.array.tolist() for tensor in result.outputs})
         return shown
+
+    def computed(self) -> list[Phases | None]:
+        """What the answers say of how they were computed."""
+        return [result.computed for result, _ in self.given if isinstance(result, InferResponse)]
 
     def error(self) -> ServingError:
         [(result, final)] = self.given

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from penstock.errors import Kind, ServingError, WorkerLostError
-from penstock.messages import InferResponse, JobContext, Sequence
+from penstock.messages import InferResponse, JobContext, Phases, Sequence
 from penstock.runtime import PLENTY, Cancelled, Credit
 from penstock.tensor import FP32, Tensor
 from penstock_runtimes.ensemble.graph import Graph
@@ -267,6 +267,60 @@ def test_any_graph_gives_what_direct_evaluation_gives(graph: Graph, inline: list
         inputs = [known[tensor] for tensor in made.inputs.values()]
         known |= {tensor: value(made.number, output, inputs) for output, tensor in made.outputs.items()}
     assert answers.values() == [{tensor: [known[tensor]] for tensor in graph.outputs}]
+
+
+# -- what an ensemble computes is what its steps compute
+
+
+def test_the_phases_of_steps_one_after_the_other_are_added() -> None:
+    a, b = FakeMember("a"), FakeMember("b")
+    answers, _ = start(opened(CHAIN, a, b))
+    a.sent[0].answer(1, computed=Phases(1, 20, 300))
+    b.sent[0].answer(2, computed=Phases(4, 50, 600))
+    assert answers.computed() == [Phases(5, 70, 900)]
+
+
+def test_the_phases_of_steps_side_by_side_are_added_too() -> None:
+    a, b, c = FakeMember("a"), FakeMember("b"), FakeMember("c", signature("P: FP32 -1, Q: FP32 -1", "Y: FP32 -1"))
+    text = scheduling(step("a", "X", "S"), step("b", "X", "T"), step("c", "S T", "Y", takes="P Q"))
+    answers, _ = start(opened(text, a, b, c))
+    b.sent[0].answer(20, computed=Phases(1, 1000, 1))
+    a.sent[0].answer(10, computed=Phases(1, 1000, 1))
+    c.sent[0].answer(30, computed=Phases(0, 5, 0))
+    assert answers.computed() == [Phases(2, 2005, 2)]
+
+
+def test_a_step_that_the_cache_answered_adds_nothing() -> None:
+    a, b = FakeMember("a"), FakeMember("b")
+    answers, _ = start(opened(CHAIN, a, b))
+    a.sent[0].answer(1)
+    b.sent[0].answer(2, computed=Phases(4, 50, 600))
+    assert answers.computed() == [Phases(4, 50, 600)]
+    answers, _ = start(opened(CHAIN, FakeMember("a", script=double), FakeMember("b", script=double)))
+    assert answers.computed() == [Phases(0, 0, 0)]
+
+
+def test_requests_are_added_up_apart() -> None:
+    a, b = FakeMember("a"), FakeMember("b")
+    instance = opened(CHAIN, a, b)
+    first, _ = start(instance)
+    second, _ = start(instance)
+    shared = Phases(1, 2, 3)  # two requests in one batch have the same
+    for number in (0, 1):
+        a.sent[number].answer(1, computed=shared)
+    for number in (0, 1):
+        b.sent[number].answer(1, computed=shared)
+    assert (first.computed(), second.computed(), shared) == ([Phases(2, 4, 6)], [Phases(2, 4, 6)], Phases(1, 2, 3))
+
+
+def test_an_ensemble_with_answers_tells_with_the_last_what_all_steps_computed() -> None:
+    a, b = FakeMember("a", decoupled=True), FakeMember("b")
+    answers, _ = start(opened(STREAM, a, b))
+    for number in (0, 1):
+        a.sent[0].answer(number, final=False)
+        b.sent[number].answer(number, computed=Phases(1, 10, 100))
+    a.sent[0].end(computed=Phases(0, 7000, 0))
+    assert answers.computed() == [None, None, Phases(2, 7020, 200)]
 
 
 # -- decoupled members

@@ -3,6 +3,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import monotonic_ns
 from typing import Any
 
 import ml_dtypes
@@ -430,6 +431,33 @@ def test_an_instance_notes_when_its_inputs_were_ready_and_its_outputs_came() -> 
     assert 0 < instance.inputs_ready_ns < first
     instance.execute([pair(5), pair(6)])
     assert first < instance.inputs_ready_ns < instance.outputs_came_ns
+
+
+class Clocked:
+    """A session that gives back what it gets, and notes when each of its runs began and ended."""
+
+    def __init__(self) -> None:
+        self.began_ns: list[int] = []
+        self.ended_ns: list[int] = []
+
+    def run(self, names: list[str], feed: dict[str, Array], run_options: Any) -> list[Array]:
+        self.began_ns.append(monotonic_ns())
+        outputs = [feed["X"] for _ in names]
+        self.ended_ns.append(monotonic_ns())
+        return outputs
+
+
+def test_runs_one_after_the_other_are_one_execution_from_the_first_to_the_last() -> None:
+    x, y = (OnnxTensor(name, FP32, FP32.onnx, ("N",)) for name in "XY")
+    config = pb.ModelConfig(name="m")
+    config.input.add(name="X", data_type="TYPE_FP32", dims=[-1])
+    config.output.add(name="Y", data_type="TYPE_FP32", dims=[-1])
+    session = Clocked()
+    instance = OnnxInstance(session, "cpu", config, OnnxSignature({"X": x}, {"Y": y}))
+    instance.execute([request({"X": np.zeros(number, np.float32)}) for number in (1, 2, 3)])
+    assert len(session.began_ns) == 3
+    assert instance.inputs_ready_ns <= session.began_ns[0]
+    assert instance.outputs_came_ns >= session.ended_ns[-1]
 
 
 def test_a_closed_instance_lets_go_of_its_session() -> None:

@@ -333,8 +333,11 @@ def growing(directory: Path, kind: int, datatype: str, strategy: str) -> Sequenc
 def test_requests_whose_states_differ_in_shape_run_apart_with_the_same_answers(tmp_path: Path, strategy: str) -> None:
     instance = growing(tmp_path, TensorProto.FLOAT, "TYPE_FP32", strategy)
     assert run(instance, sent([[1]], 1, "S", 0)) == [{"Y": [[0, 1]]}]
+    began_ns = instance.outputs_came_ns
     found = run(instance, sent([[2]], 1, "", 0), sent([[7]], 2, "S", 1), sent([[8]], 3, "S", 3))
     assert found == [{"Y": [[0, 1, 2]]}, {"Y": [[0, 7]]}, {"Y": [[0, 8]]}]
+    # Two runs are one execution, from the first to the last.
+    assert began_ns < instance.inputs_ready_ns < instance._model.inputs_ready_ns < instance.outputs_came_ns
     assert run(instance, sent([[9]], 3, "", 3), sent([[3]], 1, "", 0)) == [{"Y": [[0, 8, 9]]}, {"Y": [[0, 1, 2, 3]]}]
 
 

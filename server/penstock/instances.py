@@ -32,8 +32,9 @@ INLINE_SLOW_RUNS = 3  # in a row: a single one is as likely a thread that lost i
 Finish = Callable[[Sequence[Pending], Sequence[InferResponse | ServingError], Execution], None]
 Withdrawn = Callable[[Pending, ServingError], None]
 Shaped = Callable[[InferRequest, InferResponse], InferResponse | ServingError]
-# Is told of each response to a request: its place, what it is, and nanoseconds since the one before or the start.
-Responded = Callable[[int, InferResponse | ServingError, int], None]
+# Is told of each response to a request: its place, what it is, nanoseconds since the one before or the start, and since
+# the request arrived.
+Responded = Callable[[int, InferResponse | ServingError, int, int], None]
 
 
 class Worker:
@@ -267,8 +268,13 @@ class Crew:
     def finished(self, worker: Worker, pending: Pending, result: InferResponse | ServingError, started_ns: int) -> None:
         """A request that the worker started has its final reply: count and send it, and free its place."""
         ended_ns = monotonic_ns()
+        told = result.computed if isinstance(result, InferResponse) else None
+        if told is None:
+            times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns)
+        else:
+            times = Execution(told.input_ns, told.infer_ns, told.output_ns, started_ns, ended_ns)
         try:
-            self._finish([pending], [result], Execution(started_ns, started_ns, ended_ns, ended_ns))
+            self._finish([pending], [result], times)
         finally:
             with self._lock:
                 worker.in_flight -= 1
@@ -447,9 +453,12 @@ class Crew:
                 results = [_failure(error, wanted[0])] * len(wanted)
         ended_ns = monotonic_ns()
         if any(isinstance(result, ServingError) for result in results):
-            times = Execution(started_ns, started_ns, ended_ns, ended_ns, gathered_ns)
+            times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns, gathered_ns)
         else:
-            times = Execution(started_ns, instance.inputs_ready_ns, instance.outputs_came_ns, ended_ns, gathered_ns)
+            ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
+            times = Execution(
+                ready_ns - started_ns, came_ns - ready_ns, ended_ns - came_ns, started_ns, ended_ns, gathered_ns
+            )
         try:
             self._finish(wanted, results, times)
         finally:
@@ -555,7 +564,8 @@ class _FinalReply:
     def __call__(self, result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit:
         if self._crew.responded is not None and not partial:
             came_ns = monotonic_ns()
-            self._crew.responded(self._place, result, came_ns - self._last_ns)
+            since_ns = came_ns - self._pending.arrived_ns
+            self._crew.responded(self._place, result, came_ns - self._last_ns, since_ns)
             self._place, self._last_ns = self._place + 1, came_ns
         if not final:
             if isinstance(result, InferResponse):

@@ -54,6 +54,20 @@ class InferRequest:
 
 
 @dataclass(slots=True)
+class Phases:
+    """How long it took to compute something, in nanoseconds."""
+
+    input_ns: int  # gathering inputs
+    infer_ns: int  # in the model
+    output_ns: int  # scattering outputs
+
+    def add(self, more: "Phases") -> None:
+        self.input_ns += more.input_ns
+        self.infer_ns += more.infer_ns
+        self.output_ns += more.output_ns
+
+
+@dataclass(slots=True)
 class InferResponse:
     """What one execution gives back to one request; a decoupled model gives several."""
 
@@ -62,3 +76,5 @@ class InferResponse:
     id: str
     outputs: list[Tensor]
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    # How the request was computed, all of it, with the last answer. None where the cache answered.
+    computed: Phases | None = field(default=None, compare=False, repr=False)

@@ -243,12 +243,14 @@ FAMILIES = (
         "counter",
         "Total cache hit duration per model, in microseconds",
         _cached(lambda model: model.statistics.cache_hit.ns // 1000),
+        "counter_latencies",
     ),
     Family(
         "nv_cache_miss_duration_per_model",
         "counter",
         "Total cache miss (insert+lookup) duration per model, in microseconds",
         _cached(lambda model: model.statistics.cache_miss.ns // 1000),
+        "counter_latencies",
     ),
     Family(
         "nv_model_load_duration_secs",

@@ -16,7 +16,7 @@ from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS, Crew
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit, Signature, TensorSpec
-from penstock.queueing import Fifo, Pending, Scheduler
+from penstock.queueing import Fifo, Missed, Pending, Scheduler
 from penstock.rate import RateLimiter
 from penstock.replies import InOrder, Whole
 from penstock.runtime import Instance, Measured, ModelFiles, Pads
@@ -77,6 +77,7 @@ class Model:
         self.batching = model_config.batch_policy(loaded.config)
         pads = [instance.padded for instance in instances if isinstance(instance, Pads)]
         self.statistics = Statistics(padded=tuple(padded for padded in pads if padded is not None))
+        self._blamed = "OTHER" if self.members else "BACKEND"  # for what instances answer: an ensemble computes nothing
         self._lose_device = lose_device
         self.statistics.histograms.first_response = Histogram(first_response_buckets(loaded.config))
         self._cache = response_cache if loaded.config.response_cache.enable else None
@@ -206,17 +207,16 @@ class Model:
         outputs = kept.get(key)
         lookup_ns = time.monotonic_ns() - started_ns
         if outputs is None:
-            self.statistics.missed(lookup_ns, 0)
-            pending.cache_key = key
+            pending.missed = Missed(key, lookup_ns)
             return False
         self.statistics.hit(lookup_ns, started_ns - pending.arrived_ns)
         _send(pending, InferResponse(request.model, self.version, request.id, outputs))
         return True
 
-    def _keep(self, key: bytes, response: InferResponse, kept: ResponseCache) -> None:
+    def _keep(self, missed: Missed, response: InferResponse, kept: ResponseCache) -> None:
         started_ns = time.monotonic_ns()
-        kept.put(key, response.outputs)
-        self.statistics.missed(0, time.monotonic_ns() - started_ns)
+        kept.put(missed.key, response.outputs)
+        self.statistics.missed(missed.lookup_ns, time.monotonic_ns() - started_ns)
 
     def _scheduler(self) -> Scheduler:
         if self.batching is None:
@@ -281,13 +281,15 @@ class Model:
         """Turn what the instance gave into answers, count them, and send them."""
         if len(batch) == 1 and isinstance(first := results[0], InferResponse):  # nearly always: no lists for it
             [pending] = batch
-            if pending.whole is None and not pending.cache_key:
+            if pending.whole is None and pending.missed is None:
                 answer = self._shaped(pending.request, first)
                 if isinstance(answer, InferResponse):
                     self.statistics.executed((pending.arrived_ns,), pending.request.rows, times)
-                    _send(pending, answer)
-                    return
-                results = [answer]
+                    answer.computed = times
+                else:
+                    self._count_failure(answer, times.ended_ns - pending.arrived_ns, "OTHER")
+                _send(pending, answer)
+                return
         answers: list[tuple[Pending, InferResponse | ServingError]] = []
         arrivals_ns: list[int] = []
         rows = 0
@@ -295,18 +297,25 @@ class Model:
             answer = self._shaped(pending.request, result) if isinstance(result, InferResponse) else result
             if isinstance(answer, InferResponse):
                 rows += pending.request.rows
-            if pending.whole is not None:
-                whole = pending.whole.put(pending, answer)
+                answer.computed = times
+            part = pending
+            if part.whole is not None:
+                whole = part.whole.put(part, answer, times)
                 if whole is None:
                     continue
-                pending, answer = pending.whole.pending, whole
+                pending, answer = part.whole.pending, whole
             answers.append((pending, answer))
             if isinstance(answer, InferResponse):
-                arrivals_ns.append(pending.arrived_ns)
-                if pending.cache_key and self._cache is not None:
-                    self._keep(pending.cache_key, answer, self._cache)
+                if part.whole is None:
+                    arrivals_ns.append(pending.arrived_ns)
+                else:
+                    answer.computed = together = part.whole.times
+                    self.statistics.joined(pending.arrived_ns, together)
+                if pending.missed is not None and self._cache is not None:
+                    self._keep(pending.missed, answer, self._cache)
             else:
-                self._count_failure(answer, times.ended_ns - pending.arrived_ns, "BACKEND")
+                blamed = self._blamed if answer is result else "OTHER"
+                self._count_failure(answer, times.ended_ns - pending.arrived_ns, blamed)
                 if isinstance(answer, DeviceLostError) and self._lose_device is not None:
                     self._lose_device(self, answer)
         if arrivals_ns or rows:
@@ -334,16 +343,17 @@ class Model:
             if pending.whole.put(pending, reason) is None:
                 return
             pending = pending.whole.pending
-        self._count_failure(reason, time.monotonic_ns() - pending.arrived_ns, "REJECTED")
+        late = reason.kind is Kind.TIMED_OUT
+        self._count_failure(reason, time.monotonic_ns() - pending.arrived_ns, "REJECTED" if late else "OTHER")
         _send(pending, reason)
 
-    def _responded(self, place: int, result: InferResponse | ServingError, infer_ns: int) -> None:
+    def _responded(self, place: int, result: InferResponse | ServingError, infer_ns: int, request_ns: int) -> None:
         outcome: Outcome = "success"
         if isinstance(result, ServingError):
             outcome = "cancel" if result.kind is Kind.CANCELLED else "fail"
         elif not result.outputs:
             outcome = "empty_response"
-        self.statistics.responded(place, infer_ns, outcome)
+        self.statistics.responded(place, infer_ns, outcome, request_ns)
 
     def _count_failure(self, error: ServingError, ns: int, otherwise: str) -> None:
         gone = error.kind in (Kind.CANCELLED, Kind.DEADLINE)  # the client has cancelled, or waits no longer

@@ -2,12 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import QueuePolicy
 from penstock.runtime import Cancelled, Reply
+from penstock.statistics import Execution
 
 
 class Holder(Protocol):
@@ -22,15 +24,29 @@ class Whole(Protocol):
 
     pending: "Pending"
 
-    def put(self, part: "Pending", answer: InferResponse | ServingError) -> InferResponse | ServingError | None:
-        """Take a part's answer; gives that of the whole once."""
+    def put(
+        self, part: "Pending", answer: InferResponse | ServingError, times: Execution | None = None
+    ) -> InferResponse | ServingError | None:
+        """Take a part's answer, and how it was computed where it was; gives the answer of the whole once."""
+
+    @property
+    def times(self) -> Execution:
+        """From the first part's start to the end of the last, with the phases of all. Once all are computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """What was looked up in the cache in vain."""
+
+    key: bytes  # under which the answer shall be kept
+    lookup_ns: int  # how long that took
 
 
 class Pending:
     """A request that waits for an instance, or runs on one."""
 
     __slots__ = (
-        "arrived_ns", "cache_key", "cancelled", "expires_ns", "holder", "level", "moves_ns", "reply", "request",
+        "arrived_ns", "cancelled", "expires_ns", "holder", "level", "missed", "moves_ns", "reply", "request",
         "sequence", "shape", "warning", "whole",
     )  # fmt: skip
 
@@ -42,7 +58,7 @@ class Pending:
         self.holder: Holder | None = None
         self.expires_ns = request.deadline_ns  # when it is refused instead of run, monotonic; 0: never
         self.whole: Whole | None = None  # of which this is a part
-        self.cache_key = b""  # under which the answer shall be kept; empty: it shall not
+        self.missed: Missed | None = None  # None: the answer shall not be kept
         # Written by the scheduler that holds it, and read by no one else.
         self.level = 0  # of its queue
         self.moves_ns = 0  # when it goes behind the others of its level; 0: never

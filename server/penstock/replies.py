@@ -3,11 +3,13 @@
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 from penstock.errors import ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.queueing import Pending
 from penstock.runtime import PLENTY, Cancelled, Credit, Reply
+from penstock.statistics import Execution
 from penstock.tensor import Tensor, join
 
 Result = InferResponse | ServingError
@@ -96,14 +98,20 @@ class Whole:
         for part in self.parts:
             part.whole = self
         self._answers: dict[Pending, InferResponse] = {}
+        self._ran: list[Execution] = []
         self._ended = False
         self._lock = threading.Lock()
 
-    def put(self, part: Pending, answer: Result) -> Result | None:
-        """Take a part's answer. Gives the answer to the whole once: with the last part, or the first that failed."""
+    def put(self, part: Pending, answer: Result, times: Execution | None = None) -> Result | None:
+        """Take a part's answer, and how it was computed where it was.
+
+        Gives the answer to the whole once: with the last part, or the first that failed.
+        """
         with self._lock:
             if self._ended:
                 return None
+            if times is not None:
+                self._ran.append(times)
             if isinstance(answer, InferResponse):
                 self._answers[part] = answer
                 if len(self._answers) < len(self.parts):
@@ -114,6 +122,17 @@ class Whole:
         for other in self.parts:
             other.cancel(answer)
         return answer
+
+    @property
+    def times(self) -> Execution:
+        """From the first part's start to the end of the last, with the phases of all. Once all are computed."""
+        first, *others = self._ran
+        together = replace(first, gathered_ns=0)
+        for times in others:
+            together.add(times)
+            together.started_ns = min(together.started_ns, times.started_ns)
+            together.ended_ns = max(together.ended_ns, times.ended_ns)
+        return together
 
     def drop(self, pending: Pending) -> bool:
         """Cancel the parts, as their whole was. The answer comes from them."""

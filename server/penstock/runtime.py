@@ -196,7 +196,10 @@ class Instance(Protocol):
         """
 
     def start(self, request: InferRequest, reply: Reply, cancelled: Cancelled) -> None:
-        """Answer later, or more than once. Returns soon; only called where `streams` is true."""
+        """Answer later, or more than once. Returns soon; only called where `streams` is true.
+
+        The last answer may say in `computed` how the request was; else all its time counts as the model's.
+        """
 
     @property
     def max_in_flight(self) -> int:

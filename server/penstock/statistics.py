@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from penstock.messages import Phases
+
 
 @dataclass(slots=True)
 class Duration:
@@ -47,12 +49,13 @@ Outcome: TypeAlias = Literal["success", "fail", "empty_response", "cancel"]
 
 
 @dataclass(slots=True)
-class Execution:
-    """When one batch went through its instance; monotonic nanoseconds."""
+class Execution(Phases):
+    """How one batch went through its instance, and when; monotonic nanoseconds.
+
+    The phases of a request that was computed in several runs are the sums of theirs, and may be longer than it took.
+    """
 
     started_ns: int
-    inputs_ready_ns: int
-    outputs_came_ns: int
     ended_ns: int
     gathered_ns: int = 0  # how long before that an instance was free and a request was there: what a fuller batch cost
 
@@ -111,7 +114,7 @@ class Summaries:
     compute_infer: Recent = field(default_factory=Recent)
     compute_output: Recent = field(default_factory=Recent)
     cache_hit: Recent = field(default_factory=Recent)
-    cache_miss: Recent = field(default_factory=Recent)  # looking up
+    cache_miss: Recent = field(default_factory=Recent)
 
 
 @dataclass(slots=True)
@@ -150,7 +153,7 @@ class Statistics:
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
     cache_hit: Duration = field(default_factory=Duration)
-    cache_miss: Duration = field(default_factory=Duration)  # looking up, and keeping the answer
+    cache_miss: Duration = field(default_factory=Duration)  # looking up in vain, and keeping the answer
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
     responses: dict[int, ResponseStatistics] = field(default_factory=dict)  # of a decoupled model, by place
     failures: dict[str, int] = field(default_factory=lambda: {"REJECTED": 0, "CANCELED": 0, "BACKEND": 0, "OTHER": 0})
@@ -163,13 +166,9 @@ class Statistics:
     def executed(self, arrivals_ns: Sequence[int], rows: int, times: Execution) -> None:
         """Count one execution: when each request that it ended well arrived, and how many rows it computed.
 
-        Every such request of a batch adds the batch's full compute times, as Triton counts. A part of a request has
-        rows; the request itself ends with its last part.
+        Every such request of a batch adds the batch's full compute times, as Triton counts. Parts of a request are
+        rows; the request itself is counted by `joined`.
         """
-        number = len(arrivals_ns)
-        compute_input = times.inputs_ready_ns - times.started_ns
-        compute_infer = times.outputs_came_ns - times.inputs_ready_ns
-        compute_output = times.ended_ns - times.outputs_came_ns
         seen = self.histograms
         with self.lock:
             self.last_inference_ms = time.time_ns() // MS
@@ -178,43 +177,56 @@ class Statistics:
             batch = self.batches.get(rows)
             if batch is None:
                 batch = self.batches[rows] = BatchStatistics()
-            batch.compute_input.add(compute_input)
-            batch.compute_infer.add(compute_infer)
-            batch.compute_output.add(compute_output)
+            batch.compute_input.add(times.input_ns)
+            batch.compute_infer.add(times.infer_ns)
+            batch.compute_output.add(times.output_ns)
             seen.rows.add(rows)
             seen.gathered.add(times.gathered_ns)
-            if not number:
-                return
-            arrived = sum(arrivals_ns)
-            # Written out, for every request passes here: as calls these took 2 us.
-            for duration, histogram, ns in (
-                (self.compute_input, seen.compute_input, compute_input),
-                (self.compute_infer, seen.compute_infer, compute_infer),
-                (self.compute_output, seen.compute_output, compute_output),
-            ):
-                duration.count += number
-                duration.ns += number * ns
-                histogram.counts[bisect_left(TIMES_NS, ns)] += number
-                histogram.total += number * ns
-            for duration, histogram, until_ns in (
-                (self.success, seen.request, times.ended_ns),
-                (self.queue, seen.queue, times.started_ns),
-            ):
-                total = number * until_ns - arrived
-                duration.count += number
-                duration.ns += total
-                histogram.total += total
-                for arrived_ns in arrivals_ns:
-                    histogram.counts[bisect_left(TIMES_NS, until_ns - arrived_ns)] += 1
+            if arrivals_ns:
+                self._succeeded(arrivals_ns, times)
+
+    def joined(self, arrived_ns: int, times: Execution) -> None:
+        """Count a request that ran in parts, whose executions have been counted: it has their phases together."""
+        with self.lock:
+            self._succeeded((arrived_ns,), times)
+
+    def _succeeded(self, arrivals_ns: Sequence[int], times: Execution) -> None:
+        """Count the requests that an execution ended well. Holds the lock."""
+        number, arrived = len(arrivals_ns), sum(arrivals_ns)
+        seen = self.histograms
+        # Written out, for every request passes here: as calls these took 2 us.
+        for duration, histogram, ns in (
+            (self.compute_input, seen.compute_input, times.input_ns),
+            (self.compute_infer, seen.compute_infer, times.infer_ns),
+            (self.compute_output, seen.compute_output, times.output_ns),
+        ):
+            duration.count += number
+            duration.ns += number * ns
+            histogram.counts[bisect_left(TIMES_NS, ns)] += number
+            histogram.total += number * ns
+        for duration, histogram, until_ns in (
+            (self.success, seen.request, times.ended_ns),
+            (self.queue, seen.queue, times.started_ns),
+        ):
+            total = number * until_ns - arrived
+            duration.count += number
+            duration.ns += total
+            histogram.total += total
             for arrived_ns in arrivals_ns:
-                seen.first_response.add((times.ended_ns - arrived_ns) // MS)
-            if self.summaries is not None:
-                for arrived_ns in arrivals_ns:
-                    self.summaries.request.add(times.ended_ns - arrived_ns, times.ended_ns)
-                    self.summaries.queue.add(times.started_ns - arrived_ns, times.ended_ns)
-                    self.summaries.compute_input.add(compute_input, times.ended_ns)
-                    self.summaries.compute_infer.add(compute_infer, times.ended_ns)
-                    self.summaries.compute_output.add(compute_output, times.ended_ns)
+                histogram.counts[bisect_left(TIMES_NS, until_ns - arrived_ns)] += 1
+        if not self.responses:  # else the first of them was counted as it came
+            first = seen.first_response
+            for arrived_ns in arrivals_ns:
+                took_ms = (times.ended_ns - arrived_ns) // MS
+                first.counts[bisect_left(first.bounds, took_ms)] += 1
+                first.total += took_ms
+        if self.summaries is not None:
+            for arrived_ns in arrivals_ns:
+                self.summaries.request.add(times.ended_ns - arrived_ns, times.ended_ns)
+                self.summaries.queue.add(times.started_ns - arrived_ns, times.ended_ns)
+                self.summaries.compute_input.add(times.input_ns, times.ended_ns)
+                self.summaries.compute_infer.add(times.infer_ns, times.ended_ns)
+                self.summaries.compute_output.add(times.output_ns, times.ended_ns)
 
     def hit(self, lookup_ns: int, queue_ns: int) -> None:
         """Count a request that the cache answered: how long that took, and how long it had been there before."""
@@ -232,17 +244,22 @@ class Statistics:
                 self.summaries.cache_hit.add(lookup_ns, now_ns)
 
     def missed(self, lookup_ns: int, insertion_ns: int) -> None:
-        """Count a look-up in vain, or the time to keep the answer, which adds to that of its request."""
-        with self.lock:
-            self.cache_miss.add(lookup_ns + insertion_ns, count=0 if insertion_ns else 1)
-            self.success.add(insertion_ns, count=0)
-            if self.summaries is not None and not insertion_ns:
-                self.summaries.cache_miss.add(lookup_ns, time.monotonic_ns())
+        """Count a successful request that the cache could not answer: looking it up, and keeping its answer.
 
-    def responded(self, place: int, infer_ns: int, outcome: Outcome) -> None:
+        It was looked up before it ended, and its answer kept after, so only that makes it longer.
+        """
+        with self.lock:
+            self.cache_miss.add(lookup_ns + insertion_ns)
+            self.success.add(insertion_ns, count=0)
+            self.histograms.request.total += insertion_ns
+            if self.summaries is not None:
+                self.summaries.cache_miss.add(lookup_ns + insertion_ns, time.monotonic_ns())
+
+    def responded(self, place: int, infer_ns: int, outcome: Outcome, request_ns: int) -> None:
         """Count a response of a decoupled model: its place, how long after the one before, what it was.
 
-        Its tensors are handed over as they are, so compute_output takes no time.
+        Its request had come `request_ns` before. Its tensors are handed over as they are, so compute_output takes no
+        time.
         """
         with self.lock:
             counts = self.responses.setdefault(place, ResponseStatistics())
@@ -250,6 +267,8 @@ class Statistics:
                 counts.compute_infer.add(infer_ns)
             if outcome == "success":
                 counts.compute_output.add(0)
+                if not place:
+                    self.histograms.first_response.add(request_ns // MS)
             duration: Duration = getattr(counts, outcome)
             duration.add(infer_ns)
 

@@ -15,7 +15,7 @@ from penstock import messages
 from penstock.batching import DEPARTURES
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_ENDS_NS, INLINE_SLOW_RUNS, Crew
-from penstock.messages import InferRequest, InferResponse
+from penstock.messages import InferRequest, InferResponse, Phases
 from penstock.model_config import RateLimit, Resource, SequencePolicy
 from penstock.queueing import Fifo, Pending, Scheduler, Seating
 from penstock.rate import RateLimiter
@@ -84,7 +84,9 @@ def test_a_request_runs_on_the_workers_thread_and_is_answered() -> None:
         assert answers.values() == [6]
     assert instance.threads != [threading.get_ident()]
     [times] = ledger.times
-    assert times.started_ns <= times.inputs_ready_ns <= times.outputs_came_ns <= times.ended_ns
+    assert times.input_ns == instance.inputs_ready_ns - times.started_ns >= 0
+    assert times.infer_ns == instance.outputs_came_ns - instance.inputs_ready_ns >= 0
+    assert times.output_ns == times.ended_ns - instance.outputs_came_ns >= 0
 
 
 def test_a_short_request_to_an_idle_instance_runs_on_the_calling_thread() -> None:
@@ -598,7 +600,23 @@ def test_a_streamed_request_is_counted_with_its_final_reply() -> None:
         reply(instance.answer(sent))
         assert made.drain(LIMIT_S)
     [times] = ledger.times
-    assert times.started_ns == times.inputs_ready_ns <= times.outputs_came_ns == times.ended_ns
+    assert (times.input_ns, times.output_ns) == (0, 0)
+    assert times.infer_ns == times.ended_ns - times.started_ns > 0
+
+
+def test_the_phases_that_a_streamed_answer_tells_are_those_that_count() -> None:
+    instance, ledger = StreamingInstance(), Ledger()
+    with crew(instance, ledger=ledger) as made:
+        submit(made, 1)
+        instance.wait_started(1)
+        sent, reply, _ = instance.started[0]
+        answer = instance.answer(sent)
+        answer.computed = Phases(3, 40, 500)
+        reply(answer)
+        assert made.drain(LIMIT_S)
+    [times] = ledger.times
+    assert (times.input_ns, times.infer_ns, times.output_ns) == (3, 40, 500)
+    assert times.started_ns <= times.ended_ns
 
 
 def test_a_start_that_raises_is_a_final_reply() -> None:

@@ -41,10 +41,12 @@ NAMES = [
 ]
 
 
-def engine(root: Path, *names: str, metrics_config: tuple[str, ...] = ()) -> Engine:
+def engine(root: Path, *names: str, metrics_config: tuple[str, ...] = (), cache_config: str = "") -> Engine:
     for name in names:
         (root / f"{name}.onnx").write_text("scale 1")
-    settings = Settings(model_repository=(str(root),), device="cpu", metrics_config=metrics_config)
+    settings = Settings(
+        model_repository=(str(root),), device="cpu", metrics_config=metrics_config, cache_config=cache_config
+    )
     made = Engine(settings, FakeRuntime().find)
     made.lifecycle.start()
     return made
@@ -94,7 +96,7 @@ def test_durations_are_whole_microseconds(tmp_path: Path) -> None:
 def test_families_can_be_switched(tmp_path: Path) -> None:
     switched = ("counter_latencies=false", "histogram_latencies=true")
     made = engine(tmp_path, "a", metrics_config=switched)
-    made.model("a").statistics.executed([0], 1, Execution(0, 0, 0, 600_900_000))
+    made.model("a").statistics.executed([0], 1, Execution(0, 0, 600_900_000, 0, 600_900_000))
     text = render(made).decode()
     assert made.lifecycle.stop(LIMIT_S)
     names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
@@ -112,7 +114,7 @@ def test_summaries_are_told_where_they_are_asked_for(tmp_path: Path) -> None:
     empty = render(made).decode()
     now_ns = time.monotonic_ns()
     for us in range(1, 101):
-        counts.executed([now_ns - us * 1000], 1, Execution(now_ns, now_ns, now_ns + 7000, now_ns + 7000))
+        counts.executed([now_ns - us * 1000], 1, Execution(0, 7000, 0, now_ns, now_ns + 7000))
     text = render(made).decode()
     assert made.lifecycle.stop(LIMIT_S)
     assert 'nv_inference_queue_summary_us{model="a",version="1",quantile="0.5"} NaN\n' in empty
@@ -124,6 +126,36 @@ def test_summaries_are_told_where_they_are_asked_for(tmp_path: Path) -> None:
     assert 'nv_inference_queue_summary_us_sum{model="a",version="1"} 5050\n' in text
     assert 'nv_inference_queue_summary_us_count{model="a",version="1"} 100\n' in text
     assert "nv_cache_hit_summary_per_model" not in text
+
+
+def test_summaries_of_the_cache_are_of_looking_up_and_keeping_together(tmp_path: Path) -> None:
+    configured(tmp_path, "kept", "response_cache { enable: true }")
+    made = engine(tmp_path, metrics_config=("summary_latencies=true",), cache_config="local,size=10000")
+    counts = made.model("kept").statistics
+    for insertion_us in (10, 20, 30):
+        counts.missed(lookup_ns=5_000, insertion_ns=insertion_us * 1000)
+    counts.hit(lookup_ns=7_000, queue_ns=1_000)
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    for family, median, total, count in (("miss", 25, 75, 3), ("hit", 7, 7, 1)):
+        prefix = f'nv_cache_{family}_summary_per_model%s{{model="kept",version="1"%s}} %s\n'
+        assert prefix % ("", ',quantile="0.5"', median) in text
+        assert prefix % ("_sum", "", total) in text
+        assert prefix % ("_count", "", count) in text
+        assert f'nv_cache_{family}_duration_per_model{{model="kept",version="1"}} {total}\n' in text
+    assert "nv_inference_request_summary_us" not in text  # as in Triton: only of models that do not cache
+
+
+def test_cumulative_durations_of_the_cache_are_switched_with_the_others(tmp_path: Path) -> None:
+    configured(tmp_path, "kept", "response_cache { enable: true }")
+    made = engine(tmp_path, metrics_config=("counter_latencies=false",), cache_config="local,size=10000")
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    assert re.findall(r"^# TYPE (nv_\S*_per_model) ", text, re.MULTILINE) == [
+        "nv_cache_num_hits_per_model",
+        "nv_cache_num_misses_per_model",
+    ]
+    assert "nv_cache_lookup_duration " in text  # a gauge of the cache as a whole
 
 
 def test_the_statistics_extension_and_the_metrics_tell_the_same(tmp_path: Path) -> None:
@@ -266,9 +298,7 @@ def test_a_stateful_model_shows_how_many_sequences_live_in_it(tmp_path: Path) ->
 
 def test_buckets_are_cumulative_and_in_seconds(tmp_path: Path) -> None:
     made = engine(tmp_path, "a")
-    times = Execution(
-        started_ns=2_000_000, inputs_ready_ns=2_000_000, outputs_came_ns=5_000_000, ended_ns=12_000_000_000
-    )
+    times = Execution(0, 3_000_000, 11_995_000_000, started_ns=2_000_000, ended_ns=12_000_000_000)
     made.model("a").statistics.executed([1_000_000, 2_000_000], 3, times)
     text = render(made).decode()
     assert made.lifecycle.stop(LIMIT_S)

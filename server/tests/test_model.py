@@ -12,7 +12,7 @@ from penstock.cache import ResponseCache
 from penstock.errors import Kind, ServingError
 from penstock.instances import INLINE_LIMIT_NS
 from penstock.members import Called
-from penstock.messages import InferRequest, InferResponse
+from penstock.messages import InferRequest, InferResponse, Phases, RequestedOutput
 from penstock.model import INLINE_CALLS, PROBE_BYTES, Model
 from penstock.rate import RateLimiter
 from penstock.runtime import Cancelled, Credit, Reply
@@ -119,6 +119,7 @@ def test_what_is_cancelled_while_it_runs_is_counted_as_that_and_not_as_the_backe
         (GONE, "CANCELED"),
         (ServingError(Kind.DEADLINE, "too late"), "CANCELED"),
         (ServingError(Kind.TIMED_OUT, "too long in the queue"), "REJECTED"),
+        (ServingError(Kind.UNAVAILABLE, "no more"), "OTHER"),
     ],
 )
 def test_what_does_not_run_is_counted_by_its_reason(reason: ServingError, counted_as: str) -> None:
@@ -191,6 +192,7 @@ def test_classes_that_cannot_be_made_fail_the_request() -> None:
         "class result not available for output due to unsupported type 'BYTES'",
     )
     assert (made.statistics.fail.count, made.statistics.success.count) == (1, 0)
+    assert made.statistics.failures["OTHER"] == 1  # the backend did its part
 
 
 # -- inline
@@ -500,6 +502,10 @@ def test_a_request_larger_than_a_batch_runs_in_parts_and_is_counted_once(dynamic
     counts = made.statistics
     assert (counts.inference_count, counts.execution_count, counts.success.count) == (11, 3, 1)
     assert {size: batch.compute_infer.count for size, batch in counts.batches.items()} == {4: 2, 3: 1}
+    assert counts.compute_infer == Duration(1, sum(batch.compute_infer.ns for batch in counts.batches.values()))
+    assert answer.computed is not None
+    assert (answer.computed.input_ns, answer.computed.infer_ns) == (counts.compute_input.ns, counts.compute_infer.ns)
+    assert counts.success.count == counts.queue.count == sum(counts.histograms.request.counts) == 1
 
 
 def test_a_part_that_fails_fails_the_request_once() -> None:
@@ -574,7 +580,9 @@ def test_a_failure_is_not_kept() -> None:
     made = Model(loaded(config), [ScriptedInstance(lambda batch: [GONE for _ in batch])], kept)
     assert [ask(made, request()).error() for _ in range(2)] == [GONE, GONE]
     close(made)
-    assert (len(kept), made.statistics.cache_miss.count) == (0, 2)
+    counts = made.statistics
+    assert (len(kept), counts.fail.count, kept.counts.misses) == (0, 2, 2)
+    assert (counts.cache_miss, counts.success) == (Duration(), Duration())  # a failure touches nothing else
 
 
 def test_a_model_that_does_not_ask_for_the_cache_has_none() -> None:
@@ -613,6 +621,59 @@ def test_a_short_ensemble_starts_on_the_thread_that_brings_a_request(steps: int,
     assert (made.statistics.execution_count, member.statistics.execution_count) == (1, steps)
 
 
+def test_a_caller_learns_how_its_request_was_computed_unless_the_cache_answered() -> None:
+    config = configuration()
+    config.response_cache.enable = True
+    member = Model(loaded(config), [EchoInstance()], ResponseCache(10_000))
+    answers = [Answers(), Answers()]
+    for asked in answers:
+        Called(member).infer(request(3).inputs, {"Y": RequestedOutput("Y")}, request(3), asked)
+    close(member)
+    counts = member.statistics
+    told, none = (asked.one() for asked in answers)
+    assert isinstance(told, InferResponse)
+    assert isinstance(none, InferResponse)
+    assert told.computed is not None
+    assert Duration(1, told.computed.input_ns) == counts.compute_input
+    assert Duration(1, told.computed.infer_ns) == counts.compute_infer
+    assert Duration(1, told.computed.output_ns) == counts.compute_output
+    assert none.computed is None
+
+
+def test_what_a_model_that_answers_later_tells_of_its_phases_is_counted() -> None:
+    def script(sent: InferRequest, reply: Reply, _cancelled: Cancelled) -> None:
+        answer = EchoInstance().answer(sent)
+        answer.computed = Phases(3, 40, 500) if sent.id else None
+        reply(answer)
+
+    made = model(StreamingInstance(script=script))
+    assert ask(made, request(1, id="tells")).values() == [1]
+    counts = made.statistics
+    told = counts.success.ns - counts.queue.ns
+    phases = counts.compute_input, counts.compute_infer, counts.compute_output
+    assert phases == (Duration(1, 3), Duration(1, 40), Duration(1, 500))
+    assert [histogram.total for histogram in (counts.histograms.compute_infer, counts.histograms.rows)] == [40, 1]
+    assert counts.batches[1].compute_output == Duration(1, 500)
+    assert ask(made, request(1)).values() == [1]
+    close(made)
+    assert (counts.compute_input, counts.compute_output) == (Duration(2, 3), Duration(2, 500))
+    # Of one that tells nothing, all the time until its answer was in the model.
+    assert counts.compute_infer == Duration(2, 40 + counts.success.ns - counts.queue.ns - told)
+
+
+def test_a_failure_of_a_step_is_no_failure_of_a_backend_of_the_ensemble() -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        raise RuntimeError("no luck")
+
+    member = model(ScriptedInstance(script))
+    made = Model(replace(loaded(configuration(calling("m"))), members=(member,)), [CallingInstance([Called(member)])])
+    assert ask(made, request(3)).error().kind is Kind.INTERNAL
+    close(made)
+    close(member)
+    assert [name for name, number in made.statistics.failures.items() if number] == ["OTHER"]
+    assert [name for name, number in member.statistics.failures.items() if number] == ["BACKEND"]
+
+
 def test_an_ensemble_takes_no_part_in_limiting_rates() -> None:
     member = model()
     config = configuration(calling("m"))
@@ -643,6 +704,7 @@ def test_the_responses_of_a_decoupled_model_are_counted_by_their_place() -> None
     assert (first.success.count, first.compute_infer.count, first.fail.count) == (2, 2, 0)
     assert (second.empty_response.count, second.fail.count, second.success.count) == (1, 1, 0)
     assert sorted(made.statistics.responses) == [0, 1]
+    assert sum(made.statistics.histograms.first_response.counts) == 2
 
 
 def test_an_instance_that_was_idle_says_how_long_it_waited_for_a_fuller_batch() -> None:

@@ -9,6 +9,7 @@ from penstock.messages import InferRequest, InferResponse
 from penstock.queueing import Pending
 from penstock.replies import InOrder, Whole
 from penstock.runtime import Credit
+from penstock.statistics import Execution
 from penstock.tensor import BYTES, FP32, Tensor, objects
 
 from .fakes import Answers, Result, pending
@@ -103,6 +104,17 @@ def test_the_answer_comes_with_the_last_part_and_has_the_rows_in_order() -> None
     joined = made.put(made.parts[1], answer("7", 2, 3))
     assert isinstance(joined, InferResponse)
     assert joined.outputs[0].array.tolist() == [[0], [1], [2], [3], [4]]
+
+
+def test_the_whole_lasts_from_the_first_start_to_the_last_end_and_has_all_phases() -> None:
+    made, _ = whole(5, 2)
+    for part, times in zip(
+        made.parts,
+        [Execution(1, 20, 300, 50, 371, 9), Execution(1, 20, 300, 40, 361), Execution(2, 30, 400, 380, 812)],
+        strict=True,
+    ):
+        made.put(part, answer("7", 0, 1), times)
+    assert made.times == Execution(4, 70, 1000, 40, 812)
 
 
 def test_the_first_part_that_fails_fails_the_whole_and_cancels_the_others() -> None:

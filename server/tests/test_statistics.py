@@ -1,10 +1,11 @@
 """Counts and durations are the statistics extension's."""
 
 import math
+import time
 
-from penstock.statistics import Duration, Execution, Histogram, Recent, Statistics
+from penstock.statistics import MS, Duration, Execution, Histogram, Recent, Statistics, Summaries
 
-TIMES = Execution(started_ns=1000, inputs_ready_ns=1010, outputs_came_ns=1110, ended_ns=1150)
+TIMES = Execution(input_ns=10, infer_ns=100, output_ns=40, started_ns=1000, ended_ns=1150)
 
 
 def test_a_new_version_has_counted_nothing() -> None:
@@ -46,12 +47,23 @@ def test_batch_sizes_are_counted_apart() -> None:
     assert (counts.inference_count, counts.execution_count, counts.success.count) == (4, 3, 3)
 
 
-def test_a_part_of_a_request_has_rows_and_the_request_ends_with_its_last() -> None:
+def test_a_part_of_a_request_has_rows_and_the_request_the_phases_of_all() -> None:
     counts = Statistics()
     counts.executed([], 8, TIMES)
-    counts.executed([900], 3, TIMES)
-    assert (counts.inference_count, counts.execution_count, counts.success) == (11, 2, Duration(1, 250))
-    assert list(counts.batches) == [8, 3]
+    counts.executed([], 3, Execution(5, 50, 20, 1200, 1275))
+    assert (counts.inference_count, counts.execution_count, counts.success) == (11, 2, Duration())
+    counts.joined(900, Execution(15, 150, 60, 1000, 1275))
+    assert (counts.inference_count, counts.execution_count) == (11, 2)
+    assert (counts.success, counts.queue) == (Duration(1, 375), Duration(1, 100))
+    assert [counts.compute_input, counts.compute_infer, counts.compute_output] == [
+        Duration(1, 15),
+        Duration(1, 150),
+        Duration(1, 60),
+    ]
+    assert {size: batch.compute_infer for size, batch in counts.batches.items()} == {
+        8: Duration(1, 100),
+        3: Duration(1, 50),
+    }
 
 
 def test_a_value_belongs_to_the_first_bound_that_it_does_not_exceed() -> None:
@@ -82,17 +94,17 @@ def test_a_request_that_never_ran_is_counted_by_its_reason() -> None:
 def test_the_wait_for_a_fuller_batch_is_counted_once_for_each_execution() -> None:
     counts = Statistics()
     for gathered_ns in (0, 3_000_000):
-        counts.executed([900, 950], 2, Execution(1000, 1010, 1110, 1150, gathered_ns))
+        counts.executed([900, 950], 2, Execution(10, 100, 40, 1000, 1150, gathered_ns))
     assert (sum(counts.histograms.gathered.counts), counts.histograms.gathered.total) == (2, 3_000_000)
 
 
 def test_responses_are_counted_by_their_place() -> None:
     counts = Statistics()
     for _ in range(2):
-        counts.responded(0, 10, "success")
-    counts.responded(1, 5, "fail")
-    counts.responded(1, 7, "empty_response")
-    counts.responded(2, 9, "cancel")
+        counts.responded(0, 10, "success", 110)
+    counts.responded(1, 5, "fail", 115)
+    counts.responded(1, 7, "empty_response", 117)
+    counts.responded(2, 9, "cancel", 124)
     first, second, third = (counts.responses[place] for place in range(3))
     assert (first.compute_infer, first.compute_output, first.success) == (
         Duration(2, 20),
@@ -105,6 +117,40 @@ def test_responses_are_counted_by_their_place() -> None:
         Duration(1, 7),
     )
     assert (third.compute_infer, third.cancel) == (Duration(), Duration(1, 9))
+
+
+def test_the_first_response_is_the_first_and_not_the_last() -> None:
+    counts = Statistics()
+    counts.executed([0], 1, Execution(0, 700 * MS, 0, 0, 700 * MS + 999_999))
+    assert (counts.histograms.first_response.total, counts.histograms.first_response.counts) == (700, [0, 0, 1, 0, 0])
+    counts = Statistics()
+    counts.responded(0, 40 * MS, "success", 50 * MS)
+    counts.responded(1, 600 * MS, "success", 650 * MS)
+    counts.responded(2, 0, "empty_response", 650 * MS)
+    counts.executed([0], 1, Execution(0, 640 * MS, 0, 10 * MS, 650 * MS))
+    assert (counts.histograms.first_response.total, counts.histograms.first_response.counts) == (50, [1, 0, 0, 0, 0])
+    counts.responded(0, 5 * MS, "fail", 5 * MS)
+    assert sum(counts.histograms.first_response.counts) == 1
+
+
+def test_a_miss_is_the_look_up_and_the_keeping_of_the_answer_together() -> None:
+    counts = Statistics(summaries=Summaries((0.5,)))
+    counts.executed([900], 1, TIMES)
+    counts.missed(lookup_ns=30, insertion_ns=7)
+    assert counts.cache_miss == Duration(1, 37)
+    assert counts.success == Duration(1, 250 + 7)  # the look-up lies between its arrival and its end
+    assert counts.histograms.request.total == counts.success.ns
+    assert counts.queue == Duration(1, 100)
+    assert counts.summaries is not None
+    assert counts.summaries.cache_miss.at((0.5,), time.monotonic_ns()) == [37]
+
+
+def test_a_hit_computes_nothing() -> None:
+    counts = Statistics()
+    counts.hit(lookup_ns=20, queue_ns=5)
+    assert (counts.cache_hit, counts.success, counts.queue) == (Duration(1, 20), Duration(1, 25), Duration(1, 5))
+    assert (counts.inference_count, counts.execution_count, counts.last_inference_ms) == (0, 0, 0)
+    assert counts.compute_input == counts.compute_infer == counts.compute_output == counts.cache_miss == Duration()
 
 
 def test_quantiles_are_of_the_last_minute() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from penstock.errors import Kind, ServingError, WorkerLostError
-from penstock.messages import InferRequest, InferResponse, RequestedOutput
+from penstock.messages import InferRequest, InferResponse, Phases, RequestedOutput
 from penstock.runtime import PLENTY, Cancelled, Credit, Member, Reply, Running
 from penstock.tensor import Tensor
 
@@ -81,6 +81,7 @@ class Passage:
         self._graph = ensemble.graph(request)
         self._flow: Flow[Tensor] = Flow(self._graph, request.inputs, ensemble.limit)
         self._running: dict[Asked, Running] = {}
+        self._computed = Phases(0, 0, 0)  # by the steps together, as statistics tell of an ensemble
         self._ended = False
         self._receiver: Credit = PLENTY  # of the ensemble's own answers
         self._lock = threading.Lock()
@@ -149,6 +150,8 @@ class Passage:
     def _take(self, call: Asked, result: Result, final: bool) -> None:
         if isinstance(result, ServingError):
             raise result
+        if result.computed is not None:
+            self._computed.add(result.computed)
         sums_up = final and call.answers > 0 and self._ensemble.members[call.step.number].sums_up
         if result.outputs and not sums_up:
             self._flow.answered(call, {tensor.name: tensor for tensor in result.outputs})
@@ -187,6 +190,8 @@ class Passage:
         if self._ended:
             return
         self._ended = True
+        if isinstance(result, InferResponse):
+            result.computed = self._computed
         running, self._running = self._running, {}
         for call in running.values():
             call.cancel(ServingError(Kind.CANCELLED, f"ensemble '{self._ensemble.model}' needs no more answers"))

@@ -135,7 +135,11 @@ class OnnxInstance:
                 if error.kind is not Kind.INVALID or unwanted:
                     raise
         # No batch axis, or the values of one request failed the run of all: alone, each gets its own answer.
-        return [self._answer(request, options) for request in batch]
+        answers = [self._answer(batch[0], options)]
+        ready_ns = self.inputs_ready_ns
+        answers += [self._answer(request, options) for request in batch[1:]]
+        self.inputs_ready_ns = ready_ns  # they count as one execution, which computes from the first run on
+        return answers
 
     def options(self, unwanted: Cancelled | None) -> Any:
         """Options of a run that ends once it is `unwanted`. Fresh ones: the flag stays set, for all who share them."""
