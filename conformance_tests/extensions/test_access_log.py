@@ -13,7 +13,7 @@ from conformance_tests.carriers import infer_message, infer_path, simple
 from conformance_tests.clause_table import clause
 from conformance_tests.grpc_wire import GrpcClient
 from conformance_tests.http_wire import HttpClient
-from conformance_tests.jobs.client import Endpoint
+from conformance_tests.jobs.client import Endpoint, Receiver
 from conformance_tests.server import HANDLERS, SAMPLES, Running, StartServer, penstock
 from conformance_tests.tensors import pack
 
@@ -86,15 +86,54 @@ def test_an_inference_over_grpc_is_found_by_the_id_in_its_answer(logging_server:
             assert (line["request_bytes"], line["response_bytes"]) == (message.ByteSize(), answer.ByteSize())
 
 
-@clause("access_log.lines")
+@clause("access_log.lines", "access_log.jobs")
 @pytest.mark.over("process")
-def test_a_job_has_a_line_when_it_has_run(logging_server: Running) -> None:
-    echo = Endpoint(logging_server.http, "job_echo")
-    id = echo.run({"text": "x"})
-    echo.ended(id)
-    line = found(logging_server.log, door="job", request_id=id)
-    assert (line["method"], line["model"], line["status"]) == ("run", "job_echo", "COMPLETED")
-    assert line["response_bytes"] == len('{"text": "x"}')
+def test_a_job_has_a_line_when_it_has_run_and_the_id_of_its_request_leads_there(logging_server: Running) -> None:
+    bare, named = HttpClient(logging_server.http), {"X-Request-Id": "order-17"}
+    for headers in ({}, named):
+        answer = bare.post("/v2/job_echo/run", {"input": {"text": "x"}}, **headers)
+        id, request_id = answer.json()["id"], answer.headers["x-request-id"]
+        Endpoint(logging_server.http, "job_echo").ended(id)
+        line = found(logging_server.log, door="job", job=id)
+        assert (line["method"], line["model"], line["status"]) == ("run", "job_echo", "COMPLETED")
+        assert line["response_bytes"] == len('{"text": "x"}')
+        assert line["request_id"] == request_id
+        asked = found(logging_server.log, door="http", request_id=request_id)
+        assert (asked["path"], asked["status"]) == ("/v2/job_echo/run", 200)
+    assert request_id == "order-17"
+    seen = Endpoint(logging_server.http, "job_echo", named).runsync({"show": "job"})
+    assert seen["output"] == {"id": seen["id"], "input": {"show": "job"}, "requestId": "order-17"}
+    assert found(logging_server.log, door="job", job=seen["id"])["request_id"] == "order-17"
+
+
+@clause("access_log.jobs")
+@pytest.mark.over("process")
+def test_a_job_is_found_by_its_request_although_the_server_was_killed_meanwhile(
+    process: StartServer, tmp_path: Path
+) -> None:
+    options = ("--job-store", f"sqlite:{tmp_path / 'jobs.db'}", "--webhook-allow-private", "--access-log")
+    repositories = [HANDLERS / "job_slow", SAMPLES / "iris"]
+    with Receiver() as receiver:
+        first = process(repositories, *options, "--log-format", "json")
+        slow = Endpoint(first.http, "job_slow", {"X-Request-Id": "order-18"})
+        iris = Endpoint(first.http, "iris", {"X-Request-Id": "order-19"}).runsync([5.1, 3.5, 1.4, 0.2])
+        assert found(first.log, door="job", job=iris["id"])["request_id"] == "order-19"
+        runs, waits = slow.run({"seconds": 2}, webhook=f"{receiver.url}/told"), slow.run({"seconds": 0})
+        slow.running(runs)
+        first.process.kill()
+        first.process.wait()
+
+        second = process(repositories, *options, "--log-format", "default", "--log-verbose", "1")
+        slow = Endpoint(second.http, "job_slow")
+        assert slow.ended(runs)["retries"] == 1
+        slow.ended(waits)
+        assert receiver.wait("/told")[0].headers["x-request-id"] == "order-18"
+    log = second.log.read_text().splitlines()
+    for id, attempt in ((runs, 2), (waits, 1)):
+        ends = f"job_api.worker] job begins, attempt {attempt} [job={id} id=order-18]"
+        assert [line for line in log if line.endswith(ends)]
+        facts = f" model=job_slow version=- job={id} id=order-18 in="
+        assert [line for line in log if " access] job run - COMPLETED " in line and facts in line]
 
 
 @clause("access_log.off")

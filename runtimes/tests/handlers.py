@@ -73,14 +73,20 @@ class Sent(Replies):
     """A request on its way, and its answers."""
 
     def __init__(
-        self, instance: HandlerInstance, value: Any, id: str, passed: dict[str, Any] | None, credit: Credit
+        self,
+        instance: HandlerInstance,
+        value: Any,
+        id: str,
+        passed: dict[str, Any] | None,
+        credit: Credit,
+        request_id: str = "",
     ) -> None:
         super().__init__(credit)
         self.cancelled = Cancelled()
         text = value if isinstance(value, bytes) else orjson.dumps(value)
         request = InferRequest("m", "", id, {"input": Tensor("input", BYTES, objects([text], (1,)))}, {})
         if passed is not None:
-            request.job = JobContext(id, orjson.dumps(passed))
+            request.job = JobContext(id, orjson.dumps(passed), request_id)
         instance.start(request, self, self.cancelled)
 
 
@@ -90,14 +96,17 @@ def send(
     id: str = "j",
     passed: dict[str, Any] | None = None,
     credit: Credit = PLENTY,
+    request_id: str = "",
 ) -> Sent:
-    return Sent(instance, value, id, passed, credit)
+    return Sent(instance, value, id, passed, credit, request_id)
 
 
 def printed(caplog: pytest.LogCaptureFixture, job: str) -> list[str]:
-    """What was logged as the output of a job, or of none ("")."""
+    """What was logged as the output of a job or another request, or of none ("")."""
     records = [record for record in caplog.records if record.name == "penstock.model.m"]
-    return [record.getMessage() for record in records if getattr(record, "job", None) == job]
+    return [
+        record.getMessage() for record in records if (record.__dict__["job"] or record.__dict__["request_id"]) == job
+    ]
 
 
 def write(directory: Path, code: str, name: str = "handler.py") -> ModelFiles:

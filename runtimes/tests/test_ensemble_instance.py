@@ -166,12 +166,16 @@ def test_a_step_that_is_refused_ends_the_request() -> None:
     assert answers.error().message == "in ensemble 'e', Exceeds maximum queue size"
 
 
-def test_a_bug_is_told_as_one() -> None:
+def test_a_bug_is_told_as_one_and_logged_under_the_job_and_its_request(caplog: pytest.LogCaptureFixture) -> None:
     def crash(sent: Sent) -> None:
         raise KeyError("bug")
 
-    answers, _ = start(opened(CHAIN, FakeMember("a", script=crash), FakeMember("b")))
+    asked = replace(request({"X": 1}), job=JobContext("j", b"{}", "order-17"))
+    answers, _ = start(opened(CHAIN, FakeMember("a", script=crash), FakeMember("b")), asked)
     assert (answers.error().kind, answers.error().message) == (Kind.INTERNAL, "in ensemble 'e', KeyError: 'bug'")
+    [record] = caplog.records
+    assert record.getMessage() == "ensemble 'e' failed on request r"
+    assert (record.__dict__["job"], record.__dict__["request_id"]) == ("j", "order-17")
 
 
 def test_a_lost_worker_stays_one_so_that_a_job_is_tried_again() -> None:

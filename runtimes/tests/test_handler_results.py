@@ -7,8 +7,10 @@ from typing import Any
 
 import orjson
 import pytest
-from penstock.errors import Kind
-from penstock.runtime import PLENTY
+from penstock.errors import Kind, ServingError
+from penstock.messages import InferRequest, InferResponse
+from penstock.runtime import PLENTY, Cancelled, Credit
+from penstock.tensor import BYTES, Tensor, objects
 from penstock_runtimes.handler.instance import ACKNOWLEDGED, HandlerInstance
 
 from .handlers import LIMIT_S, NOTHING, opened, printed, send
@@ -276,6 +278,41 @@ def test_a_handler_gets_the_job_with_what_was_passed_and_no_log_shows_that(
         assert sent.result() == {**expected, "webhook": "http://x"}
         assert send(instance, 1, id="").result()["id"]  # a request of another door has an id too
     assert "hush" not in caplog.text
+
+
+def test_a_handler_and_what_is_logged_of_it_know_which_request_handed_the_job_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    code = """
+        import runpod
+        def handler(job):
+            print("for", job["requestId"])
+            raise ValueError("no luck")
+        runpod.serverless.start({"handler": handler})
+    """
+    with opened(tmp_path, code) as instance:
+        passed = {"requestId": "forged"}
+        assert "no luck" in send(instance, 1, id="job-1", passed=passed, request_id="order-17 é").error().message
+    said = [record for record in caplog.records if record.__dict__.get("job") == "job-1"]
+    assert [record.__dict__["request_id"] for record in said] == ["order-17 é"] * len(said)
+    printed, failed = (record.getMessage() for record in said)
+    assert printed == "for order-17 é"
+    assert failed.startswith("model 'm' failed on request job-1: ")
+
+
+def test_a_reply_that_fails_is_logged_under_its_request(
+    plain: HandlerInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(result: InferResponse | ServingError, final: bool = True, partial: bool = False) -> Credit:
+        raise RuntimeError("the door is broken")
+
+    given = Tensor("input", BYTES, objects([b'"1"'], (1,)))
+    plain.start(InferRequest("m", "", "lost", {"input": given}, {}), broken, Cancelled())
+    assert send(plain, "2").result() == 2  # which came after it
+    [record] = [record for record in caplog.records if "the door is broken" in str(record.exc_info)]
+    assert record.getMessage() == "model 'm': a reply to request lost failed"
+    assert record.__dict__["request_id"] == "lost"
 
 
 def test_large_inputs_and_results_pass_whole(tmp_path: Path) -> None:

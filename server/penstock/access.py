@@ -1,4 +1,4 @@
-"""The access log: one line for each request that was answered, whatever door it came through."""
+"""What the log calls a request, and the access log: a line for each that was answered, through whatever door."""
 
 import logging
 import uuid
@@ -18,10 +18,11 @@ class Visit:
     door: str  # http, grpc or job
     method: str  # the verb, the gRPC method, or what became of it: run
     path: str  # "" for a job, which was no request when it ran
-    id: str = ""  # under which its client knows it
+    id: str = ""  # under which its client knows it; of a job, the id of the request that handed it in
     model: str = ""
     version: str = ""
     request_bytes: int = 0
+    job: str = ""  # its id
     started_ns: int = field(default_factory=monotonic_ns)  # monotonic
 
     def end(self, status: int | str, response_bytes: int) -> None:
@@ -38,15 +39,17 @@ class Visit:
             "version": self.version,
             "status": status,
             "duration_ms": round(ms, 3),
+            "job": self.job,
             "request_id": self.id,
             "request_bytes": self.request_bytes,
             "response_bytes": response_bytes,
         }
         # Ids and paths are a client's words: written so that none can end the line.
         logger.info(
-            "%s %s %s %s %.3f ms, model=%s version=%s id=%s in=%d out=%d",
-            self.door, self.method, _plain(self.path or "-"), status, ms, _plain(self.model or "-"),
-            self.version or "-", _plain(self.id or "-"), self.request_bytes, response_bytes,
+            "%s %s %s %s %.3f ms, model=%s version=%s%s id=%s in=%d out=%d",
+            self.door, self.method, plain(self.path or "-"), status, ms, plain(self.model or "-"),
+            self.version or "-", self.job and f" job={self.job}", plain(self.id or "-"), self.request_bytes,
+            response_bytes,
             extra={"facts": {key: value for key, value in facts.items() if value != ""}},
         )  # fmt: skip
 
@@ -56,5 +59,16 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def _plain(text: str) -> str:
+def names(id: str, job: str = "") -> dict[str, str]:
+    """What a line about a request, or about a job that it handed in, can be found by: `extra` of its record."""
+    return {"job": job, "request_id": id}
+
+
+def as_header(id: str) -> bytes:
+    """An id as a header bears it; empty where none can."""
+    return id.encode() if id.isascii() and id.isprintable() else b""
+
+
+def plain(text: str) -> str:
+    """Text of a client's in one line."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()

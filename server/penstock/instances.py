@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
+from penstock.access import plain
 from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
@@ -450,7 +451,7 @@ class Crew:
             if all(pending.cancelled for pending in wanted):  # then it ended as it was told to
                 results = [pending.cancelled.reason or _failure(error, pending) for pending in wanted]
             else:
-                results = [_failure(error, wanted[0])] * len(wanted)
+                results = [_failure(error, *wanted)] * len(wanted)
         ended_ns = monotonic_ns()
         if any(isinstance(result, ServingError) for result in results):
             times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns, gathered_ns)
@@ -576,10 +577,16 @@ class _FinalReply:
         return PLENTY
 
 
-def _failure(error: Exception, pending: Pending) -> ServingError:
-    """What a client is told of an exception: ServingError as it is, anything else as INTERNAL, logged in full."""
+def _failure(error: Exception, *batch: Pending) -> ServingError:
+    """What the clients of a batch are told of an exception: ServingError as it is, anything else as INTERNAL.
+
+    That is logged under the id of each request, and once in full.
+    """
     if isinstance(error, ServingError):
         return error
-    request = pending.request
-    logger.error("model %s failed on request %s", request.model, request.id or "<id_unknown>", exc_info=error)
+    for pending in batch:
+        request = pending.request
+        id = plain(request.id or "<id_unknown>")
+        cause = error if pending is batch[0] else None
+        logger.error("model %s failed on request %s", request.model, id, exc_info=cause, extra=request.names)
     return ServingError(Kind.INTERNAL, f"model '{request.model}' failed: {type(error).__name__}: {error}")

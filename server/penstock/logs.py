@@ -15,7 +15,11 @@ LETTERS = {logging.DEBUG: "V", logging.INFO: "I", logging.WARNING: "W", logging.
 
 
 class Formatter(logging.Formatter):
-    """`I1121 13:05:07.123456 lifecycle] text`, or with the whole date in ISO 8601."""
+    """`I1121 13:05:07.123456 lifecycle] text`, or with the whole date in ISO 8601.
+
+    A line about a job ends with ` [job=J id=R]`: its id, and that of the request which handed it in, if that had one.
+    What is said of other requests names them itself.
+    """
 
     def __init__(self, iso8601: bool) -> None:
         super().__init__()
@@ -29,6 +33,9 @@ class Formatter(logging.Formatter):
         else:
             head = f"{letter}{moment:%m%d %H:%M:%S.%f}"
         line = f"{head} {record.name.removeprefix('penstock.')}] {record.getMessage()}"
+        if job := getattr(record, "job", ""):
+            id = getattr(record, "request_id", "")
+            line += f" [job={job}{id and f' id={access.plain(id)}'}]"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
@@ -45,8 +52,7 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         entry |= getattr(record, "facts", {})
-        if job := getattr(record, "job", ""):
-            entry["job"] = job
+        entry |= {name: value for name in ("job", "request_id") if (value := getattr(record, name, ""))}
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         # What a model or a client has said may be no text: half of a surrogate pair has no bytes.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from penstock.access import names
 from penstock.tensor import Tensor
 
 Parameter: TypeAlias = bool | int | float | str
@@ -32,6 +33,7 @@ class JobContext:
 
     id: str
     passed: bytes  # a JSON object of what the submitter passes through: s3Config and the like. Never shown or logged
+    request_id: str = ""  # of the request that handed it in; "" where that had none
 
 
 @dataclass(slots=True)
@@ -51,6 +53,11 @@ class InferRequest:
     rows: int = 1  # of the batch axis; 1 for a model without one
     job: JobContext | None = None  # None unless the request is a job
     empty_final: bool = False  # a stream shall be told that a request has ended without a last answer
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a line of the log about it can be found by: `extra` of its record."""
+        return names(self.job.request_id, self.job.id) if self.job else names(self.id)
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from penstock import cache, classification, model_config, pb
+from penstock.access import plain
 from penstock.batching import DEPARTURES, Batcher
 from penstock.cache import ResponseCache
 from penstock.errors import DeviceLostError, Kind, ServingError
@@ -384,9 +385,8 @@ def _send(pending: Pending, answer: InferResponse | ServingError) -> None:
         pending.reply(answer)
     except Exception as error:
         request = pending.request
-        logger.error(
-            "model %s: the reply to request %s failed", request.model, request.id or "<id_unknown>", exc_info=error
-        )
+        id = plain(request.id or "<id_unknown>")
+        logger.error("model %s: the reply to request %s failed", request.model, id, exc_info=error, extra=request.names)
 
 
 def _size(request: InferRequest) -> int:

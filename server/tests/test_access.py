@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -11,6 +12,8 @@ from penstock import pb
 from penstock.access import LOGGER, Visit
 from penstock.errors import Kind, ServingError
 from penstock.logs import Formatter, JsonFormatter
+from penstock.messages import InferRequest, InferResponse
+from penstock.runtime import Cancelled
 
 from . import test_grpc_methods as over_grpc
 from . import test_http_api as over_http
@@ -58,6 +61,13 @@ def test_a_line_says_who_asked_for_what_and_what_became_of_it(caplog: pytest.Log
         "request_bytes": 12,
         "response_bytes": 34,
     }
+
+
+def test_the_line_of_a_job_says_its_id_and_that_of_its_request(lines: Any) -> None:
+    Visit("job", "run", "", "r7", "m", request_bytes=12, job="j1").write("COMPLETED", 34, 1.5)
+    [line] = lines()
+    assert line["message"] == "job run - COMPLETED 1.500 ms, model=m version=- job=j1 id=r7 in=12 out=34"
+    assert facts(line, "door", "job", "request_id", "path") == ("job", "j1", "r7", None)
 
 
 def test_without_the_access_log_there_is_no_line_and_the_answer_bears_what_it_was_given(lines: Any) -> None:
@@ -139,6 +149,49 @@ def test_a_stream_has_a_line_for_each_request_and_one_at_its_end(serve: Serve, l
         ]
 
     over_grpc.run(test)
+
+
+@pytest.mark.parametrize(("access_log", "id", "known"), [(True, "", "r7"), (False, "", "r7"), (True, "own", "own")])
+def test_a_fault_over_grpc_is_logged_under_the_id_of_the_request(
+    serve: Serve, caplog: pytest.LogCaptureFixture, access_log: bool, id: str, known: str
+) -> None:
+    async def test() -> None:
+        async with serve(over_grpc.model("m", Unsendable()), access_log=access_log) as served:
+            with pytest.raises(grpc.aio.AioRpcError, match="ModelInfer failed"):
+                await served.infer(over_grpc.request("m", 1, id=id), metadata=(("x-request-id", "r7"),))
+            call = opened(served, metadata=(("x-request-id", "r7"),))
+            await say(call, over_grpc.request("m", 1, id=id))
+            await rest(call)
+
+    over_grpc.run(test)
+    for name in ("ModelInfer", "ModelStreamInfer"):
+        text = f"/inference.GRPCInferenceService/{name} failed on request {known}"
+        [failure] = [record for record in caplog.records if record.getMessage() == text]
+        assert json.loads(JsonFormatter().format(failure))["request_id"] == known
+
+
+def test_a_fault_before_a_stream_s_request_was_read_is_logged_under_the_id_of_the_call(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with serve(over_grpc.model("m", over_grpc.Doubler())) as served:
+            served.shelf.fault = ZeroDivisionError("oh")
+            call = opened(served, metadata=(("x-request-id", "r7"),))
+            await say(call, over_grpc.request("m", 1))
+            await rest(call)
+
+    over_grpc.run(test)
+    [failure] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert failure.getMessage() == "/inference.GRPCInferenceService/ModelStreamInfer failed on request r7"
+
+
+class Unsendable(over_grpc.Doubler):
+    """Gives a number that no message holds."""
+
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
+        return [InferResponse(one.model, "1", one.id, [], {"n": 2**64}) for one in batch]
 
 
 def test_what_a_model_fails_with_is_logged_under_the_id_of_the_answer(

@@ -287,6 +287,7 @@ def test_an_answer_that_cannot_be_encoded_is_logged_and_told_without_a_traceback
     assert got.error == (500, "[request id: w9] internal error: AttributeError; the server's log says more")
     [record] = caplog.records
     assert record.getMessage() == "request w9 failed"
+    assert record.__dict__["request_id"] == "w9"
     assert record.exc_info is not None
 
 

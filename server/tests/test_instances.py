@@ -335,6 +335,22 @@ def test_a_wrong_number_of_results_fails_the_whole_batch(number: int) -> None:
     }
 
 
+def test_when_a_batch_raises_each_of_its_requests_is_named_and_the_cause_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+        raise RuntimeError("no luck")
+
+    with crew(ScriptedInstance(script), scheduler=Pairs()) as made:
+        for answer in [submit(made, id=id)[1] for id in ("a", "b\n")]:
+            answer.error()
+    assert [(record.getMessage(), bool(record.exc_info)) for record in caplog.records] == [
+        ("model m failed on request a", True),
+        ("model m failed on request b\\n", False),
+    ]
+    assert [record.__dict__["request_id"] for record in caplog.records] == ["a", "b\n"]
+
+
 def test_one_request_of_a_batch_may_fail() -> None:
     def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
         return [ServingError(Kind.INVALID, "odd") if sent.id == "1" else EchoInstance().answer(sent) for sent in batch]

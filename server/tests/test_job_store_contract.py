@@ -85,6 +85,7 @@ def test_a_claimed_job_has_all_that_was_submitted_and_a_polled_one_no_input(fres
             passed=b'{"s3Config":{}}',
             tags=b'{"k":"v"}',
             batch="b",
+            request_id="order-17 \u00e9",
         )
         await store.add(submitted)
         queued = Job(submitted, State.IN_QUEUE, queued_ms=T0, expires_ms=T0 + TTL)

@@ -124,8 +124,23 @@ def test_a_newer_store_is_refused(postgres_url: str) -> None:
     async def scenario(here: PostgresJobStore, there: PostgresJobStore, own: Any) -> None:
         await own.execute("UPDATE version SET version = $1", VERSION + 1)
         schema = await own.fetchval("SELECT current_schema()")
-        with pytest.raises(ServingError, match="written by a newer Penstock, as version 2; this one knows version 1"):
+        with pytest.raises(ServingError, match="written by a newer Penstock, as version 3; this one knows version 2"):
             await PostgresJobStore.open(f"{postgres_url}&prefix={schema}")
+
+    run(postgres_url, scenario)
+
+
+def test_a_store_of_version_1_is_brought_up_to_date(postgres_url: str) -> None:
+    async def scenario(here: PostgresJobStore, there: PostgresJobStore, own: Any) -> None:
+        await here.add(request("a"))
+        await own.execute("ALTER TABLE jobs DROP COLUMN request_id; UPDATE version SET version = 1")
+        schema = await own.fetchval("SELECT current_schema()")
+        newer = await PostgresJobStore.open(f"{postgres_url}&prefix={schema}")
+        await newer.add(request("b", request_id="r"))
+        claimed = await newer.claim({"m": 9}, "w", T0, LEASE)
+        assert [(job.request.id, job.request.request_id) for job in claimed] == [("a", ""), ("b", "r")]
+        assert await own.fetchval("SELECT version FROM version") == VERSION
+        await newer.close()
 
     run(postgres_url, scenario)
 

@@ -138,6 +138,21 @@ def test_a_newer_store_is_refused(redis_url: str) -> None:
         asyncio.run(RedisJobStore.open(f"{redis_url}?prefix={prefix}"))
 
 
+def test_a_job_that_was_accepted_before_request_ids_were_kept_has_none(redis_url: str) -> None:
+    prefix = uuid4().hex
+
+    async def main() -> None:
+        store = await RedisJobStore.open(f"{redis_url}?prefix={prefix}")
+        await store.add(request("a"))
+        with redis.Redis.from_url(redis_url) as server:
+            assert server.hdel(f"{prefix}:job:a", "request") == 1
+        [job] = await store.claim({"m": 1}, "w", T0, LEASE)
+        assert (job.request.id, job.request.request_id) == ("a", "")
+        await store.close()
+
+    asyncio.run(main())
+
+
 def test_a_job_leaves_nothing_behind(redis_url: str) -> None:
     prefix = uuid4().hex
 

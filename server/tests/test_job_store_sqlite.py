@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,11 +151,16 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     run(path, nothing)
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {store_sqlite.VERSION + 1}")
-    assert "written by a newer Penstock, as version 3; this one knows version 2" in refusal(path)
+    assert "written by a newer Penstock, as version 4; this one knows version 3" in refusal(path)
 
 
-# What version 1 had besides: it counted each submission by itself.
-VERSION_1 = """
+# What version 2 lacked, and what version 1 had besides: it counted each submission by itself.
+VERSION_2 = """
+    ALTER TABLE jobs DROP COLUMN request_id;
+    PRAGMA user_version = 2;
+"""
+VERSION_1 = f"""
+    {VERSION_2}
     CREATE TRIGGER entered AFTER INSERT ON jobs BEGIN
         INSERT INTO tally VALUES (new.endpoint, new.state, 1, 1)
             ON CONFLICT DO UPDATE SET here = here + 1, ever = ever + 1;
@@ -163,7 +169,8 @@ VERSION_1 = """
 """
 
 
-def test_a_file_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [VERSION_1, VERSION_2], ids=["1", "2"])
+def test_a_file_of_an_older_version_is_brought_up_to_date(tmp_path: Path, older: str) -> None:
     path = tmp_path / "jobs.db"
 
     async def submitted(store: SqliteJobStore) -> None:
@@ -171,12 +178,47 @@ def test_a_file_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
 
     run(path, submitted)
     with closing(sqlite3.connect(path)) as db:
-        db.executescript(VERSION_1)
+        db.executescript(older)
 
     async def scenario(store: SqliteJobStore) -> None:
-        await store.add(request("b"))
+        await store.add(replace(request("b"), request_id="r"))
         assert (await store.counts("m")).in_queue == 2
-        assert [job.request.id for job in await store.claim({"m": 9}, "w", T0, LEASE)] == ["a", "b"]
+        claimed = await store.claim({"m": 9}, "w", T0, LEASE)
+        assert [(job.request.id, job.request.request_id) for job in claimed] == [("a", ""), ("b", "r")]
+
+    run(path, scenario)
+
+
+def test_an_update_that_was_cut_off_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+
+    async def submitted(store: SqliteJobStore) -> None:
+        await store.add(replace(request("a"), request_id="r"))
+
+    async def scenario(store: SqliteJobStore) -> None:
+        assert [job.request.request_id for job in await store.claim({"m": 9}, "w", T0, LEASE)] == ["r"]
+
+    run(path, submitted)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 2")  # the column is there, the version is not
+    run(path, scenario)
+
+
+def test_a_process_of_an_older_version_goes_on_while_the_file_is_updated(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+
+    async def scenario(store: SqliteJobStore) -> None:
+        await store.add(request("a"))
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.executescript(VERSION_2)
+            columns = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
+            names = ", ".join(name for name in columns if name != "n")
+            newer = await SqliteJobStore.open(str(path))
+            values = names.replace("id,", "'b',", 1)
+            db.execute(f"INSERT INTO jobs ({names}) SELECT {values} FROM jobs")
+        claimed = await newer.claim({"m": 9}, "w", T0, LEASE)
+        assert {(job.request.id, job.request.request_id) for job in claimed} == {("a", ""), ("b", "")}
+        await newer.close()
 
     run(path, scenario)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from penstock.access import names
 from penstock.errors import Kind, ServingError
 from penstock.job_api.journal import JOBS, LINES, Journal, JournalHandler
 
@@ -362,6 +363,8 @@ def test_logs_are_filtered(tmp_path: Path) -> None:
         assert await lines("?endTime=2001-01-01T00:00:00Z") == []
         text = await made.call("GET", "/v2/endpoints/h/logs?format=text")
         assert text.body.count(b"\n") == 3
+        logging.getLogger("penstock.model.h").info("asked over HTTP", extra=names("r7"))
+        assert await lines("?jobId=r7") == ["INFO r7: asked over HTTP"]
         for query in ("level=loud", "stream=true", "startTime=noon", "format=xml", "limit=x"):
             assert (await made.call("GET", f"/v2/endpoints/h/logs?{query}")).status == 400
 

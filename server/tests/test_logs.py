@@ -111,7 +111,7 @@ def test_a_process_logs_itself_before_its_libraries(verbose: int, ours: str, lib
 
 def test_json_is_one_object_per_line_whatever_was_said() -> None:
     made = record(message="a\n%s \ud800")
-    made.job = "j1"
+    made.job, made.request_id = "j1", "r\n1"
     line = JsonFormatter().format(made)
     assert json.loads(line) == {
         "time": "2023-11-14T22:13:20.123456Z",
@@ -119,8 +119,28 @@ def test_json_is_one_object_per_line_whatever_was_said() -> None:
         "logger": "lifecycle",
         "message": "a\nyou \\ud800",
         "job": "j1",
+        "request_id": "r\n1",
     }
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("names", "end"),
+    [
+        ({"job": "j1", "request_id": "r\n1"}, " [job=j1 id=r\\n1]"),
+        ({"job": "j1", "request_id": ""}, " [job=j1]"),
+        ({"job": "", "request_id": "r1"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_line_about_a_job_ends_with_its_id_and_that_of_its_request(names: dict[str, str], end: str) -> None:
+    made = record()
+    made.__dict__.update(names)
+    assert Formatter(iso8601=False).format(made) == f"I1114 22:13:20.123456 lifecycle] hello you{end}"
+    found = json.loads(JsonFormatter().format(made))
+    assert {name: found[name] for name in ("job", "request_id") if name in found} == {
+        name: value for name, value in names.items() if value
+    }
 
 
 def test_json_holds_the_traceback() -> None:

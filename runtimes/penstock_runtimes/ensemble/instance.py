@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from penstock.access import plain
 from penstock.errors import Kind, ServingError, WorkerLostError
 from penstock.messages import InferRequest, InferResponse, Phases, RequestedOutput
 from penstock.runtime import PLENTY, Cancelled, Credit, Member, Reply, Running
@@ -205,7 +206,10 @@ class Passage:
             return WorkerLostError(where + error.message, error.blamed)
         if isinstance(error, ServingError):
             return ServingError(error.kind, where + error.message)
-        logger.error("ensemble '%s' failed", self._ensemble.model, exc_info=error)
+        id = plain(self._request.id or "<id_unknown>")
+        logger.error(
+            "ensemble '%s' failed on request %s", self._ensemble.model, id, exc_info=error, extra=self._request.names
+        )
         return ServingError(Kind.INTERNAL, f"{where}{type(error).__name__}: {error}")
 
     def _deadlock(self) -> ServingError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TypeAlias
 
+from penstock.access import names, plain
 from penstock.errors import Kind, ServingError, WorkerLostError
 from penstock.messages import InferRequest, InferResponse
 from penstock.runtime import PLENTY, Cancelled, Credit, ModelFiles, Reply
@@ -393,7 +394,8 @@ class HandlerInstance:
     def _erred(self, process: Process, job: Job, message: Message) -> None:
         text = message.body.decode()
         if message.head["logged"] and not job.cancelled:
-            logger.error("model '%s' failed on request %s: %s", self._files.model, job.id or "<id_unknown>", text)
+            id = plain(job.id or "<id_unknown>")
+            logger.error("model '%s' failed on request %s: %s", self._files.model, id, text, extra=job.request.names)
         self._finish(process, job, message, ServingError(Kind[message.head["kind"]], text))
 
     def _finish(self, process: Process, job: Job, message: Message, result: InferResponse | ServingError) -> None:
@@ -456,17 +458,18 @@ class HandlerInstance:
             return job.reply(_reason(job) if job.cancelled else result, final, partial)
         except Exception as error:
             # As with every runtime: it is its receiver's loss, and must not cost other requests their process.
-            logger.error("model '%s': a reply to request %s failed", self._files.model, job.id, exc_info=error)
+            text = "model '%s': a reply to request %s failed"
+            logger.error(text, self._files.model, plain(job.id), exc_info=error, extra=job.request.names)
             return PLENTY
 
     def _log(self, line: Line) -> None:
-        """Output goes to the log of the model; the record's `job` is the id of the one that printed it, or ""."""
+        """Output goes to the log of the model, under the names of the request that printed it."""
         job = self._jobs.get(line.job)
         if job is None and not line.job:
             with self._lock:
                 running = [known for known in self._jobs.values() if known.began]
             job = running[0] if len(running) == 1 else None
-        self._output.info("%s", line.text, extra={"job": job.id if job else ""})
+        self._output.info("%s", line.text, extra=job.request.names if job else names(""))
 
 
 MESSAGES: dict[str, Callable[[HandlerInstance, Process, Job, Message], None]] = {
@@ -489,4 +492,6 @@ def _send_job(process: Process, job: Job) -> None:
     given: bytes = request.inputs[INPUT].array.flat[0]
     passed = request.job.passed if request.job else b"{}"
     head = {"do": "run", "job": job.number, "id": job.id or str(uuid.uuid4()), "input": len(given)}
+    if request.job and request.job.request_id:
+        head["request_id"] = request.job.request_id
     process.send(head, given, passed)

@@ -6,7 +6,9 @@ Needs nothing but the standard library, so that a model's own interpreter can ru
 called it takes jobs from the socket. Plain handlers run on the loop too, and so one at a time, as on the job platform.
 
 Messages, each a head and a body. From the server:
-    run {job, id, input}      body: the job's input, that many bytes of JSON, and a JSON object of what else it brings
+    run {job, id, input, request_id}
+                              body: the job's input, that many bytes of JSON, and a JSON object of what else it brings;
+                              `request_id`, where there is one: of the request that handed it in
     cancel {job}              end it, if that can be done
     more {job, chunks}        so many of its chunks were read
     stop {}                   leave, when nothing runs
@@ -312,7 +314,8 @@ class Worker:
         except (ValueError, RecursionError) as error:
             self.end_failed(job, readable(f"input is not JSON: {error}"), kind="INVALID")
             return
-        job.given = {**passed, "id": head["id"], "input": given}
+        asked = {"requestId": head["request_id"]} if "request_id" in head else {}
+        job.given = {**passed, "id": head["id"], "input": given, **asked}
         job.task = asyncio.get_running_loop().create_task(self.work(job))
 
     def cancel(self, job: Job) -> None:

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
-from penstock.access import ID_LIMIT, Visit
+from penstock.access import ID_LIMIT, Visit, names, plain
 from penstock.auth import Category, Guard
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
@@ -101,6 +101,11 @@ class Call:
         value = self.find("x-request-id")
         return value[:ID_LIMIT] if isinstance(value, str) else ""
 
+    @property
+    def name(self) -> str:
+        """What the log calls a unary call, which may be known by its message's id; "" where it has none."""
+        return self.visit.id if self.visit else self.id
+
     def find(self, key: str) -> str | bytes | None:
         """The first value of a key."""
         return next((value for name, value in self.metadata if name == key), None)
@@ -144,21 +149,26 @@ class Unary(Generic[Request, Answer]):
             reply = partial(_noted, visit, reply)
         try:
             door.admit(self.category, call, self.keyless)
-            return self.serve(door, decoded(self.decode, body), call, partial(self._finish, door.limit_bytes, reply))
+            finish = partial(self._finish, door.limit_bytes, call, reply)
+            return self.serve(door, decoded(self.decode, body), call, finish)
         except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
-            reply(failure(self.path, error))
+            reply(failure(self.path, error, call.name))
             return None
 
     def _finish(
-        self, limit_bytes: int, reply: Callable[[Encoded | ServingError], None], answer: Answer | ServingError
+        self,
+        limit_bytes: int,
+        call: Call,
+        reply: Callable[[Encoded | ServingError], None],
+        answer: Answer | ServingError,
     ) -> None:
-        reply(answer if isinstance(answer, ServingError) else self._encoded(answer, limit_bytes))
+        reply(answer if isinstance(answer, ServingError) else self._encoded(answer, limit_bytes, call))
 
-    def _encoded(self, answer: Answer, limit_bytes: int) -> Encoded | ServingError:
+    def _encoded(self, answer: Answer, limit_bytes: int, call: Call) -> Encoded | ServingError:
         try:
             return sized(self.encode(answer), limit_bytes)
         except Exception as error:  # noqa: BLE001 - as above
-            return failure(self.path, error)
+            return failure(self.path, error, call.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +204,7 @@ class Stream(Generic[Request, Answer]):
             raise
         except Exception as error:
             status = Status.INTERNAL.name
-            raise failure(self.path, error) from error
+            raise failure(self.path, error, call.id) from error
         finally:
             if visit is not None:
                 visit.end(status, sent)
@@ -213,11 +223,13 @@ def _noted(visit: Visit, reply: Callable[[Encoded | ServingError], None], answer
         visit.end(OK, length(answer))
 
 
-def failure(path: str, error: BaseException) -> ServingError:
-    """What a client is told of an exception: ServingError as it is, anything else as INTERNAL, logged in full."""
+def failure(path: str, error: BaseException, id: str) -> ServingError:
+    """What a client is told of an exception: ServingError as it is, anything else as INTERNAL, logged in full under the
+    request's id.
+    """
     if isinstance(error, ServingError):
         return error
-    logger.error("%s failed", path, exc_info=error)
+    logger.error("%s failed on request %s", path, plain(id or "<id_unknown>"), exc_info=error, extra=names(id))
     return ServingError(Kind.INTERNAL, f"{path} failed: {type(error).__name__}: {error}")
 
 

@@ -36,12 +36,12 @@ def control_row(method: control.Method) -> Unary[Message, Message]:
             return answer
         return ParseDict(answer, response_class(), ignore_unknown_fields=True, descriptor_pool=pb.POOL)
 
-    def serve(door: Door, message: Message, _call: Call, reply: Callable[[Message | ServingError], None]) -> None:
+    def serve(door: Door, message: Message, call: Call, reply: Callable[[Message | ServingError], None]) -> None:
         if not method.blocking:
             return reply(run(door, message))
         # What a client has asked for is done even if it goes away meanwhile, so there is nothing to cancel.
         future = asyncio.get_running_loop().run_in_executor(None, functools.partial(run, door, message))
-        return future.add_done_callback(lambda done: reply(_result(path, done)))
+        return future.add_done_callback(lambda done: reply(_result(path, done, call)))
 
     return Unary(
         path,
@@ -53,9 +53,9 @@ def control_row(method: control.Method) -> Unary[Message, Message]:
     )
 
 
-def _result(path: str, done: "asyncio.Future[Message]") -> Message | ServingError:
+def _result(path: str, done: "asyncio.Future[Message]", call: Call) -> Message | ServingError:
     error = done.exception()
-    return done.result() if error is None else failure(path, error)
+    return done.result() if error is None else failure(path, error, call.name)
 
 
 def fields(message: Message) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class Conversation:
         except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
             asked.id = _id(body)
             self._turns.append(asked)
-            self._answered(asked, failure(PATH, error))
+            self._answered(asked, failure(PATH, error, asked.id or self._call.id))
             return
         asked.id, asked.model, asked.version = request.id, request.model, request.version
         asked.empty_final = request.empty_final
@@ -173,9 +173,9 @@ class Conversation:
         except Exception as error:  # noqa: BLE001 - as above
             asked.began = False
             if asked.window is None:
-                self._answered(asked, failure(PATH, error))
+                self._answered(asked, failure(PATH, error, asked.id))
             else:
-                asked.window, asked.result = None, failure(PATH, error)
+                asked.window, asked.result = None, failure(PATH, error, asked.id)
                 self._came(asked)
         if asked.result is not None:
             asked.pending = None  # it leads back here through its reply: all would wait for a collection
@@ -215,7 +215,7 @@ class Conversation:
             if isinstance(result, InferResponse):
                 return sized(_success(result, final), self._door.limit_bytes)
         except Exception as error:  # noqa: BLE001 - whatever cannot be sent fails alone
-            result = failure(PATH, error)
+            result = failure(PATH, error, asked.id)
         return _error(asked, result, final)
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from penstock.access import names, plain
 from penstock.errors import Kind, ServingError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def failure(error: Exception, id: str = "") -> Answer:
     """What a client is told of an exception. One that is no ServingError is logged in full under the request's id."""
     if not isinstance(error, ServingError):
         name = id or "<id_unknown>"
-        logger.error("request %s failed", name, exc_info=error)
+        logger.error("request %s failed", plain(name), exc_info=error, extra=names(id))
         return failed(500, f"[request id: {name}] internal error: {type(error).__name__}; the server's log says more")
     status = STATUS[error.kind]
     return failed(status, error.message, *([BESIDES[status]] if status in BESIDES else []))

@@ -58,6 +58,7 @@ class HttpApp:
         path: bytes = scope["raw_path"]
         target = infer_target(path)
         if target is None:
+            scope = _named(self.door, scope)
             send = _noted(self.door, scope, send)
         if target is None and self._jobs is not None and _is_job(path):
             await self._jobs(scope, receive, send)
@@ -71,7 +72,9 @@ class HttpApp:
         try:
             head = self.door.head(model, version, dict(scope["headers"]))
             if scope["method"] != "POST":
-                await _send(scope, _noted(self.door, scope, send), *_early(scope, METHOD_NOT_ALLOWED))
+                await _send(
+                    scope, _noted(self.door, _named(self.door, scope), send), *_early(scope, METHOD_NOT_ALLOWED)
+                )
                 return
             body = await _read(head.headers, receive, self._limit_bytes)
         except ServingError as error:
@@ -218,7 +221,7 @@ def refused(door: Door, error: ServingError) -> ASGIApp:
     """Answers one request whose body is not wanted."""
 
     async def refuse(scope: Scope, _receive: Receive, send: Send) -> None:
-        await _send(scope, _noted(door, scope, send), *_early(scope, failure(error)))
+        await _send(scope, _noted(door, _named(door, scope), send), *_early(scope, failure(error)))
 
     return refuse
 
@@ -230,13 +233,22 @@ def _early(scope: Scope, answer: Answer) -> Answer:
     return (status, [*headers, (b"connection", b"close")], body) if waits else answer
 
 
+def _named(door: Door, scope: Scope) -> Scope:
+    """A request that the access log will speak of has an id: without one of its client's it is given one, and bears it
+    where a client's would be.
+    """
+    headers = scope["headers"]
+    if not door.access_log or dict(headers).get(REQUEST_ID):
+        return scope
+    return {**scope, "headers": [*headers, (REQUEST_ID, new_id().encode())]}
+
+
 def _noted(door: Door, scope: Scope, send: Send) -> Send:
     """How to answer what is no inference: with the request's id, and a line in the access log where that is on."""
     fields = dict(scope["headers"])
     id: bytes = fields.get(REQUEST_ID, b"")
     visit = None
     if door.access_log:
-        id = id or new_id().encode()
         path = scope["raw_path"].decode("latin-1")
         visit = Visit("http", scope["method"], path, id.decode("latin-1")[:ID_LIMIT])
         length = fields.get(b"content-length", b"")

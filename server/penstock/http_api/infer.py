@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from penstock import oip_json
-from penstock.access import ID_LIMIT, Visit, new_id
+from penstock.access import ID_LIMIT, Visit, as_header, new_id
 from penstock.auth import Category, Guard
 from penstock.engine import Engine, Mailbox, Result
 from penstock.errors import Kind, ServingError
@@ -219,7 +219,7 @@ class Exchange:
             given = self._head.headers.get(REQUEST_ID)
             if self._visit is not None:
                 self._visit.id = self._id
-                given = given or (self._id.encode() if self._id.isascii() and self._id.isprintable() else None)
+                given = given or as_header(self._id)
             self._reply(status, [*headers, (REQUEST_ID, given)] if given else headers, body)
             if self._visit is not None:
                 self._visit.end(status, sum(map(len, body)))

@@ -12,8 +12,10 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from penstock import json_text
+from penstock.access import ID_LIMIT, names, plain
 from penstock.errors import Kind, ServingError
 from penstock.http_api.answers import Answer, answer
+from penstock.http_api.infer import REQUEST_ID
 from penstock.job_api.inputs import VALIDATION_ERROR, FieldError
 from penstock.job_api.rates import Rates, Window
 
@@ -39,6 +41,12 @@ class Call:
     receive: Receive
     window: Window | None = None  # what is left of the rate it counts against
     _gone: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+    @property
+    def id(self) -> str:
+        """The id of the request: its client's or, with the access log on, one that it was given; else ""."""
+        id: bytes = dict(self.scope["headers"]).get(REQUEST_ID, b"")
+        return id.decode("latin-1")[:ID_LIMIT]
 
     async def document(self, limit_bytes: int) -> Any:
         """The body's JSON, whatever content type it claims; None for an empty body. Raises ServingError."""
@@ -97,7 +105,8 @@ class Dialect(Protocol):
     def find(self, path: tuple[str, ...]) -> Operation | None:
         """What a path below /v2 asks for; None if nothing does."""
 
-    def failure(self, error: ServingError) -> Answer: ...
+    def failure(self, error: ServingError, id: str) -> Answer:
+        """What a client is told, whose request had this id, or "" for none."""
 
     def rated(self, answer: Answer, window: Window) -> Answer:
         """The answer with what is said about a rate."""
@@ -125,11 +134,12 @@ class JobApp:
         except GoneError:
             return
         except ServingError as error:
-            given = dialect.failure(error)
+            given = dialect.failure(error, call.id)
         except Exception as bug:
-            logger.error("%s %s failed", scope["method"], scope["path"], exc_info=bug)
+            about = (scope["method"], scope["path"], plain(call.id or "<id_unknown>"))
+            logger.error("%s %s failed on request %s", *about, exc_info=bug, extra=names(call.id))
             text = f"internal error: {type(bug).__name__}; the server's log says more"
-            given = dialect.failure(ServingError(Kind.INTERNAL, text))
+            given = dialect.failure(ServingError(Kind.INTERNAL, text), call.id)
         finally:
             call.close()
         status, headers, body = dialect.rated(given, call.window) if call.window is not None else given
@@ -146,7 +156,7 @@ class JobApp:
         if operation is None:
             raise ServingError(Kind.NOT_FOUND, "Not Found")
         if ("GET" if call.verb == "HEAD" else call.verb) not in operation.verbs:
-            status, headers, body = dialect.failure(MethodError())
+            status, headers, body = dialect.failure(MethodError(), call.id)
             return status, [*headers, (b"allow", ", ".join(operation.verbs).encode())], body
         call.window = self._rates.take(operation.name, operation.endpoint, who)
         if call.window is not None and call.window.spent:

@@ -52,8 +52,11 @@ class Batches:
         self._store = desk.store
         self._lock = asyncio.Lock()
 
-    async def new(self, endpoint: str, documents: list[Any]) -> str:
-        """Draw up a batch; its id. Raises ServingError(LIMITED) where too many drafts wait to be finalized."""
+    async def new(self, endpoint: str, documents: list[Any], request_id: str) -> str:
+        """Draw up a batch of what one request brought; its id.
+
+        Raises ServingError(LIMITED) where too many drafts wait to be finalized.
+        """
         async with self._lock:
             parts = await self._parts(endpoint)
             marked = {part.request.batch for part in parts if _is_mark(part)}
@@ -67,22 +70,27 @@ class Batches:
             if len(drafts) >= MOST_DRAFTS:
                 raise ServingError(Kind.LIMITED, f"endpoint '{endpoint}' has {len(drafts)} drafts of batches already")
             id = new_id("batch-")
-            await self._add(endpoint, id, id, documents, 0)
+            await self._add(endpoint, id, id, documents, 0, request_id)
         return id
 
-    async def extend(self, endpoint: str, id: str, documents: list[Any]) -> None:
+    async def extend(self, endpoint: str, id: str, documents: list[Any], request_id: str) -> None:
         """Add requests to a draft. Raises ServingError."""
         async with self._lock:
             batch = await self._find(endpoint, id, "DRAFT")
-            await self._add(endpoint, id, f"{id}-{len(batch.parts)}", documents, batch.total)
+            await self._add(endpoint, id, f"{id}-{len(batch.parts)}", documents, batch.total, request_id)
 
-    async def _add(self, endpoint: str, batch: str, id: str, documents: list[Any], total: int) -> None:
+    async def _add(self, endpoint: str, batch: str, id: str, documents: list[Any], total: int, request_id: str) -> None:
         if total + len(documents) > MOST_REQUESTS:
             raise FieldError("requests", f"a batch has at most {MOST_REQUESTS} requests", VALIDATION_ERROR)
-        await self._store.add(_part(endpoint, batch, id, orjson.dumps(documents), {"requests": len(documents)}))
+        tags = {"requests": len(documents)}
+        await self._store.add(_part(endpoint, batch, id, orjson.dumps(documents), tags, request_id))
 
-    async def finalize(self, endpoint: str, id: str, order: Callable[[Any], Order]) -> None:
-        """Queue all requests of a draft, each once however often this is called."""
+    async def finalize(self, endpoint: str, id: str, order: Callable[[Any, str], Order]) -> None:
+        """Queue all job requests of a draft, each once however often this is called.
+
+        `order` makes one of a document and the id of the request that brought it. The log speaks of the job under that:
+        finalizing may take several requests, each with an id of its own.
+        """
         async with self._lock:
             batch = await self._find(endpoint, id, "DRAFT", "FINALIZED")
             if batch.finalized:
@@ -90,9 +98,9 @@ class Batches:
             for part in batch.parts:
                 whole = await self._desk.find(part.request.id, _shelf(endpoint), whole=True)
                 documents = orjson.loads(whole.request.input)
-                orders = enumerate(map(order, documents))
-                name = part.request.id
-                await asyncio.gather(*(self._queue(one, f"{name}_{number}") for number, one in orders))
+                name, by = part.request.id, part.request.request_id
+                orders = (order(document, by) for document in documents)
+                await asyncio.gather(*(self._queue(one, f"{name}_{number}") for number, one in enumerate(orders)))
             await self._store.add(_part(endpoint, id, f"{id}-final", b"[]", {"final": True}))
 
     async def _queue(self, order: Order, id: str) -> None:
@@ -154,10 +162,11 @@ def _shelf(endpoint: str) -> str:
     return f"{endpoint}/batch"
 
 
-def _part(endpoint: str, batch: str, id: str, input: bytes, tags: dict[str, Any]) -> Request:
+def _part(endpoint: str, batch: str, id: str, input: bytes, tags: dict[str, Any], request_id: str = "") -> Request:
     return Request(
-        id, _shelf(endpoint), input, now_ms(), KEPT_MS, KEPT_MS, KEPT_MS, tags=orjson.dumps(tags), batch=batch
-    )
+        id, _shelf(endpoint), input, now_ms(), KEPT_MS, KEPT_MS, KEPT_MS, tags=orjson.dumps(tags), batch=batch,
+        request_id=request_id,
+    )  # fmt: skip
 
 
 def _is_mark(part: Job) -> bool:

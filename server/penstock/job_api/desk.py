@@ -56,6 +56,7 @@ class Order:
     passed: bytes = b"{}"
     tags: bytes = b"{}"
     batch: str = ""
+    request_id: str = ""  # of the request that hands it in
 
 
 class Desk:
@@ -115,12 +116,13 @@ class Desk:
             order.passed,
             order.tags,
             order.batch,
+            order.request_id,
         )
         try:
             model = self.engine.model(order.endpoint)
         except ServingError:
             return request, None
-        return request, prepare(model, order.input, text, JobContext(id, order.passed), self._limits)
+        return request, prepare(model, order.input, text, JobContext(id, order.passed, order.request_id), self._limits)
 
     async def submit(self, order: Order) -> Request:
         """Queue a job; it is durable when this returns. Raises ServingError."""

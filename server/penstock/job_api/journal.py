@@ -77,7 +77,10 @@ def iso(at_ms: int) -> str:
 
 
 class JournalHandler(logging.Handler):
-    """Takes what models log: records of the loggers `penstock.model.NAME`, their `job` a job's id. Any thread."""
+    """Takes what models log: records of the loggers `penstock.model.NAME`, their `job` a job's id. Any thread.
+
+    What comes of another door is kept by its `request_id` likewise.
+    """
 
     def __init__(self, journal: Journal) -> None:
         super().__init__()
@@ -86,5 +89,5 @@ class JournalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith(MODELS):
             level = LEVELS[min(max(record.levelno // 10, 1), len(LEVELS)) - 1]
-            text, job = record.getMessage(), getattr(record, "job", "")
+            text, job = record.getMessage(), getattr(record, "job", "") or getattr(record, "request_id", "")
             self._journal.note(record.name.removeprefix(MODELS), round(record.created * 1000), level, job, text)

@@ -65,7 +65,7 @@ class RunPod:
 
     # -- answers
 
-    def failure(self, error: ServingError) -> Answer:
+    def failure(self, error: ServingError, id: str) -> Answer:  # noqa: ARG002 - which its header tells
         """`{"error"}` and never `id` or `status`: the asyncio client would take that for a job (1.2)."""
         status = 405 if isinstance(error, MethodError) else STATUS[error.kind]
         body: dict[str, Any] = {"error": error.message}
@@ -99,8 +99,8 @@ class RunPod:
 
     # -- handing in
 
-    def order(self, endpoint: str, document: Any, batch: str = "") -> Order:
-        """A job request as it came. Raises FieldError (1.2)."""
+    def order(self, endpoint: str, document: Any, request_id: str = "", batch: str = "") -> Order:
+        """A job request as it came, with the request of this id. Raises FieldError (1.2)."""
         desk, given = self._desk, members(document)
         policy = given.get("policy")
         policy = {} if policy is None else policy
@@ -124,16 +124,17 @@ class RunPod:
             desk.webhook(given.get("webhook"), "webhook"),
             passed=orjson.dumps(passed) if passed else b"{}",
             batch=batch,
+            request_id=request_id,
         )
 
     async def run(self, endpoint: str, call: Call) -> Answer:
-        order = self.order(endpoint, await call.document(self._desk.sizes.run))
+        order = self.order(endpoint, await call.document(self._desk.sizes.run), call.id)
         request = await self._desk.submit(order)
         return dumped({"id": request.id, "status": State.IN_QUEUE.value})
 
     async def runsync(self, endpoint: str, call: Call) -> Answer:
         wait_ms = clamped(call.query.get("wait"), "wait", WAIT_MS, WAIT_DEFAULT_MS)
-        order = self.order(endpoint, await call.document(self._desk.sizes.runsync))
+        order = self.order(endpoint, await call.document(self._desk.sizes.runsync), call.id)
         return await self._shown(await self._desk.run(order, wait_ms, call.gone))
 
     # -- asking
@@ -219,12 +220,12 @@ class RunPod:
 
     async def new_batch(self, endpoint: str, call: Call) -> Answer:
         documents = await call.document(self._desk.sizes.run)
-        id = await self._batches.new(endpoint, self._orders(endpoint, documents, "body"))
+        id = await self._batches.new(endpoint, self._orders(endpoint, documents, "body"), call.id)
         return dumped({"id": id, "status": "DRAFT"})
 
     async def add_requests(self, endpoint: str, id: str, call: Call) -> Answer:
         documents = members(await call.document(self._desk.sizes.run)).get("requests")
-        await self._batches.extend(endpoint, id, self._orders(endpoint, documents, "requests"))
+        await self._batches.extend(endpoint, id, self._orders(endpoint, documents, "requests"), call.id)
         return dumped(await self._batches.status(endpoint, id))
 
     def _orders(self, endpoint: str, documents: Any, field: str) -> list[Any]:
@@ -246,7 +247,7 @@ class RunPod:
         return await self._page(endpoint, None, *page(call.query, whole_number), id)
 
     async def finalize_batch(self, endpoint: str, id: str, _: Call) -> Answer:
-        await self._batches.finalize(endpoint, id, lambda document: self.order(endpoint, document, id))
+        await self._batches.finalize(endpoint, id, lambda document, by: self.order(endpoint, document, by, id))
         return dumped(await self._batches.status(endpoint, id))
 
     async def cancel_batch(self, endpoint: str, id: str, _: Call) -> Answer:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from penstock.access import names
 from penstock.errors import Kind, ServingError
 
 WEBHOOK_ATTEMPTS = 3
@@ -60,6 +61,12 @@ class Request:
     passed: bytes = b"{}"  # JSON of what the worker gets besides: s3Config and the like; never shown to anyone else
     tags: bytes = b"{}"  # JSON; TensorOne's tags, priority word and the like, shown in its status
     batch: str = ""  # id of the batch it came with; "" for most
+    request_id: str = ""  # of the request that handed it in, under which the log speaks of it; "" where that had none
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a line of the log about the job can be found by: `extra` of its record."""
+        return names(self.request_id, self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,18 +280,18 @@ CODES = {state: code for code, state in enumerate(STATES)}
 RETRIED, ACCEPTED = len(STATES), len(STATES) + 1
 COLUMNS = """id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, webhook_form,
     tags, batch, state, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms, error,
-    webhook_note"""
+    webhook_note, request_id"""
 
 
-def job_of(row: Sequence[Any], value: bytes | None, input: bytes = b"", passed: bytes = b"") -> Job:
-    """A job of which `row` begins with COLUMNS. `value` is what it has reported last: progress, or its output."""
+def job_of(row: Sequence[Any], input: bytes = b"", passed: bytes = b"") -> Job:
+    """A job of which `row` begins with COLUMNS and its value: what it has reported last, progress or its output."""
     (id, endpoint, created_ms, ttl_ms, execution_timeout_ms, retention_ms, low_priority, webhook, form) = row[:9]
     (tags, batch, code, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms) = row[9:20]
-    (error, note), state = row[20:22], STATES[code]
+    (error, note, request_id, value), state = row[20:24], STATES[code]
     return Job(
         Request(
             id, endpoint, input, created_ms, ttl_ms, execution_timeout_ms, retention_ms, bool(low_priority), webhook,
-            form, passed, tags, batch,
+            form, passed, tags, batch, request_id,
         ),
         state, attempt, retries, worker, started_ms, finished_ms, queued_ms, lease_ms, expires_ms,
         None if state.is_final else value, value if state.is_final else None, error, note,

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 Row: TypeAlias = Sequence[Any]
 
-VERSION = 1
+VERSION = 2
 CONNECTIONS = 16
 TIMEOUT_S = 10.0
 RECONNECT_S = 0.5
@@ -72,9 +72,9 @@ CREATE TABLE jobs (
     id text PRIMARY KEY, n bigserial NOT NULL, endpoint text NOT NULL, low_priority boolean NOT NULL,
     created_ms bigint NOT NULL, ttl_ms bigint NOT NULL, execution_timeout_ms bigint NOT NULL,
     retention_ms bigint NOT NULL, webhook text NOT NULL, webhook_form text NOT NULL, tags bytea NOT NULL,
-    batch text NOT NULL, input bytea NOT NULL, passed bytea NOT NULL, queued_ms bigint NOT NULL,
-    expires_ms bigint NOT NULL, wake_ms bigint, state smallint NOT NULL, attempt bigint NOT NULL,
-    retries bigint NOT NULL DEFAULT 0, worker text NOT NULL, started_ms bigint NOT NULL,
+    batch text NOT NULL, request_id text NOT NULL DEFAULT '', input bytea NOT NULL, passed bytea NOT NULL,
+    queued_ms bigint NOT NULL, expires_ms bigint NOT NULL, wake_ms bigint, state smallint NOT NULL,
+    attempt bigint NOT NULL, retries bigint NOT NULL DEFAULT 0, worker text NOT NULL, started_ms bigint NOT NULL,
     finished_ms bigint NOT NULL DEFAULT 0, lease_ms bigint NOT NULL, value bytea, error text,
     webhook_note text NOT NULL DEFAULT '', yielded bigint NOT NULL DEFAULT 0, drained bigint NOT NULL DEFAULT 0
 );
@@ -123,24 +123,29 @@ CREATE TRIGGER gone AFTER DELETE ON jobs FOR EACH ROW EXECUTE FUNCTION gone();
 CREATE TABLE version (version integer NOT NULL);
 INSERT INTO version VALUES ({VERSION});
 """
+# Of version 1. A process that knows no other, and has the store open, goes on.
+UPDATE = f"""
+ALTER TABLE jobs ADD COLUMN request_id text NOT NULL DEFAULT '';
+UPDATE version SET version = {VERSION};
+"""
 
 JOB = f"jobs.{COLUMNS}, jobs.value"
 
-# $1 id, $2 endpoint, $3 low_priority, $4 created_ms, ... $14 limit, $15 worker, $16 lease_ms or NULL
+# $1 id, $2 endpoint, $3 low_priority, $4 created_ms, ... $15 limit, $16 worker, $17 lease_ms or NULL
 ADD = f"""
     WITH seen AS (
         SELECT
-            $14::bigint > 0 AND $14 <= coalesce((SELECT here FROM numbers WHERE endpoint = $2 AND state = 0), 0) AS no,
-            $16::bigint IS NOT NULL AND NOT EXISTS (SELECT FROM jobs
+            $15::bigint > 0 AND $15 <= coalesce((SELECT here FROM numbers WHERE endpoint = $2 AND state = 0), 0) AS no,
+            $17::bigint IS NOT NULL AND NOT EXISTS (SELECT FROM jobs
                 WHERE endpoint = $2 AND state = 0 AND low_priority <= $3 AND expires_ms > $4) AS first
     ), added AS (
         INSERT INTO jobs (id, endpoint, low_priority, created_ms, ttl_ms, execution_timeout_ms, retention_ms, webhook,
-            webhook_form, tags, batch, input, passed, queued_ms, expires_ms, wake_ms, state, attempt, worker,
-            started_ms, lease_ms)
-        SELECT $1, $2, $3, $4::bigint, $5::bigint, $6, $7, $8, $9, $10, $11, $12, $13, $4, $4 + $5,
-            CASE WHEN first THEN least($4 + $5, $4 + $16) ELSE $4 + $5 END, first::integer, first::integer,
-            CASE WHEN first THEN $15 ELSE '' END, CASE WHEN first THEN $4 ELSE 0 END,
-            CASE WHEN first THEN $4 + $16 ELSE 0 END
+            webhook_form, tags, batch, request_id, input, passed, queued_ms, expires_ms, wake_ms, state, attempt,
+            worker, started_ms, lease_ms)
+        SELECT $1, $2, $3, $4::bigint, $5::bigint, $6, $7, $8, $9, $10, $11, $12, $13, $14, $4, $4 + $5,
+            CASE WHEN first THEN least($4 + $5, $4 + $17) ELSE $4 + $5 END, first::integer, first::integer,
+            CASE WHEN first THEN $16 ELSE '' END, CASE WHEN first THEN $4 ELSE 0 END,
+            CASE WHEN first THEN $4 + $17 ELSE 0 END
         FROM seen WHERE NOT no
         ON CONFLICT (id) DO NOTHING RETURNING state
     ), counted AS (INSERT INTO deltas SELECT $2, {ACCEPTED}, 0, 1 FROM added)
@@ -292,6 +297,7 @@ class PostgresJobStore:
             request.webhook_form,
             request.tags,
             request.batch,
+            request.request_id,
             request.input,
             request.passed,
             limit,
@@ -313,7 +319,7 @@ class PostgresJobStore:
         rows = await self._rows(CLAIM, list(slots), list(slots.values()), worker, now_ms, now_ms + lease_ms)
         rows = sorted(rows, key=lambda row: (row["place"], row["low_priority"], row["n"]))
         self._note([row["id"] for row in rows])
-        return [_job(row, input=row["input"], passed=row["passed"]) for row in rows]
+        return [job_of(row, input=row["input"], passed=row["passed"]) for row in rows]
 
     async def extend(self, held: Mapping[str, int], now_ms: int, lease_ms: int) -> Sequence[str]:
         rows = await self._rows(EXTEND, list(held), list(held.values()), now_ms, now_ms + lease_ms)
@@ -330,7 +336,7 @@ class PostgresJobStore:
             changed = await _lose(db, found, _plain(error), now_ms)
             rows = await db.fetch(f"SELECT {JOB} FROM jobs WHERE id = ANY($1)", found)
         self._note(changed)
-        jobs = {row["id"]: _job(row) for row in rows}
+        jobs = {row["id"]: job_of(row) for row in rows}
         return [jobs[id] for id in held if id in jobs]
 
     async def append(self, id: str, attempt: int, values: Sequence[bytes]) -> bool:
@@ -350,12 +356,12 @@ class PostgresJobStore:
     async def cancel(self, id: str, endpoint: str, now_ms: int) -> Job | None:
         row = await self._row(CANCEL, now_ms, id, endpoint)
         if self._noted(id, row is not None) and row:
-            return _job(row)
+            return job_of(row)
         return await self.get(id, endpoint, now_ms)
 
     async def retry(self, id: str, endpoint: str, now_ms: int) -> Job | None:
         if row := await self._row(RETRY, now_ms, id, endpoint):
-            job = _job(row)
+            job = job_of(row)
             self._note((id, work(job.request.endpoint)))
             return job
         known = await self.get(id, endpoint, now_ms)
@@ -365,7 +371,7 @@ class PostgresJobStore:
 
     async def get(self, id: str, endpoint: str, now_ms: int, whole: bool = False) -> Job | None:
         row = await self._row(GET_WHOLE if whole else GET, now_ms, id, endpoint)
-        return row and _job(row, input=row["input"] if whole else b"")
+        return row and job_of(row, input=row["input"] if whole else b"")
 
     async def keep(self, id: str, until_ms: int) -> None:
         await self._row(KEEP, id, until_ms)
@@ -396,7 +402,7 @@ class PostgresJobStore:
         async with self._transaction("repeatable_read") as db:
             total = await db.fetchval(TOTAL_OF_BATCH if batch else TOTAL, endpoint, code, *of_batch)
             rows = await db.fetch(LIST.format(narrowed), endpoint, offset, limit, *of_batch) if limit else ()
-        return Page([_job(row) for row in rows], total)
+        return Page([job_of(row) for row in rows], total)
 
     async def purge(self, endpoint: str, now_ms: int) -> Sequence[str]:
         purged = [row["id"] for row in await self._rows(PURGE, now_ms, endpoint)]
@@ -412,7 +418,7 @@ class PostgresJobStore:
 
     async def due_webhooks(self, now_ms: int, limit: int, lease_ms: int) -> Sequence[Delivery]:
         rows = await self._rows(DUE, now_ms, limit, now_ms + lease_ms)
-        return [Delivery(_job(row, input=row["input"]), row["failed"] + 1) for row in rows]
+        return [Delivery(job_of(row, input=row["input"]), row["failed"] + 1) for row in rows]
 
     async def webhook_sent(self, id: str, attempt: int, delivered: bool, now_ms: int, note: str = "") -> None:
         async with self._transaction() as db:
@@ -568,6 +574,8 @@ class PostgresJobStore:
             if not await db.fetchval("SELECT to_regclass('version') IS NOT NULL"):
                 await db.execute(SCHEMA)
             version = await db.fetchval("SELECT version FROM version")
+            if version < VERSION:
+                await db.execute(UPDATE)
             lax = [name for name in ("fsync", "full_page_writes") if await db.fetchval(f"SHOW {name}") != "on"]
         if version > VERSION:
             text = f"written by a newer Penstock, as version {version}; this one knows version {VERSION}"
@@ -628,8 +636,3 @@ async def _lose(db: Any, ids: Sequence[str], error: str, now_ms: int) -> Sequenc
 def _plain(text: str) -> str:
     """The server's text has no NUL."""
     return text.replace("\0", "\ufffd")
-
-
-def _job(row: Row, input: bytes = b"", passed: bytes = b"") -> Job:
-    """A row of JOB."""
-    return job_of(row, row[22], input, passed)

@@ -68,7 +68,7 @@ RECONNECT_S = 0.5
 SWEPT_AT_ONCE = 500  # jobs in one script, for the server does nothing else meanwhile
 
 FIELDS = """id endpoint created ttl execution retention low webhook form tags batch
-    state attempt retries worker started finished queued lease expires error note value"""
+    state attempt retries worker started finished queued lease expires error note request value"""
 
 SCRIPT = f"""
 local P, op = KEYS[1], ARGV[1]
@@ -200,8 +200,8 @@ end
 
 local ops = {{}}
 
-function ops.add(id, endpoint, created, ttl, execution, retention, low, webhook, form, tags, batch, input, passed,
-        limit, worker, lease)
+function ops.add(id, endpoint, created, ttl, execution, retention, low, webhook, form, tags, batch, request, input,
+        passed, limit, worker, lease)
     local now, limit, lease = tonumber(created), tonumber(limit), tonumber(lease)
     local count = redis.call('ZCARD', waiting(endpoint))
     if limit > 0 and count >= limit then return {{'full', count}} end
@@ -211,9 +211,9 @@ function ops.add(id, endpoint, created, ttl, execution, retention, low, webhook,
     local first = lease >= 0 and not ahead(endpoint, job.low, now)
     redis.call('HSET', key(id), 'id', id, 'endpoint', endpoint, 'created', created, 'ttl', ttl, 'execution', execution,
         'retention', retention, 'low', low, 'webhook', webhook, 'form', form, 'tags', tags, 'batch', batch,
-        'input', input, 'passed', passed, 'n', int(job.n), 'state', job.state, 'attempt', '0', 'retries', '0',
-        'worker', '', 'started', '0', 'finished', '0', 'queued', created, 'lease', '0', 'expires', int(job.expires),
-        'note', '', 'drained', '0')
+        'request', request, 'input', input, 'passed', passed, 'n', int(job.n), 'state', job.state, 'attempt', '0',
+        'retries', '0', 'worker', '', 'started', '0', 'finished', '0', 'queued', created, 'lease', '0',
+        'expires', int(job.expires), 'note', '', 'drained', '0')
     if batch ~= '' then redis.call('ZADD', P .. ':batch:' .. batch, int(job.n), id) end
     redis.call('SADD', P .. ':endpoints', endpoint)
     redis.call('HINCRBY', ever(endpoint), 'ACCEPTED', 1)
@@ -542,6 +542,7 @@ class RedisJobStore:
             request.webhook_form,
             request.tags,
             request.batch,
+            request.request_id,
             request.input,
             request.passed,
             limit,
@@ -760,8 +761,7 @@ def _chunks(given: tuple[bytes, bytes | int, Sequence[bytes]] | None) -> Chunks 
 
 def _job(row: Row, input: bytes = b"", passed: bytes = b"") -> Job:
     """A row of FIELDS."""
-    columns = [read(field) for read, field in zip(READ, row, strict=False)]
-    return job_of(columns, row[22], input, passed)
+    return job_of([read(field) for read, field in zip(READ, row, strict=False)], input, passed)
 
 
 def _text(field: bytes) -> str:
@@ -772,16 +772,20 @@ def _error(field: bytes | None) -> str | None:
     return None if field is None else field.decode()
 
 
+def _request(field: bytes | None) -> str:
+    return "" if field is None else field.decode()  # of jobs that were accepted before it was kept
+
+
 def _code(field: bytes) -> int:
     return CODES[State(field.decode())]
 
 
-def _bytes(field: bytes) -> bytes:
+def _bytes(field: bytes | None) -> bytes | None:
     return field
 
 
-# What becomes of each of FIELDS but the value.
+# What becomes of each of FIELDS.
 READ: tuple[Callable[[Any], Any], ...] = (
     _text, _text, int, int, int, int, int, _text, _text, _bytes, _text,
-    _code, int, int, _text, int, int, int, int, int, _error, _text,
+    _code, int, int, _text, int, int, int, int, int, _error, _text, _request, _bytes,
 )  # fmt: skip

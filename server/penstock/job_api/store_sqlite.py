@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Row: TypeAlias = tuple[Any, ...]
 
-VERSION = 2  # of the schema, in user_version
+VERSION = 3  # of the schema, in user_version
 APPLICATION_ID = 0x50454E53  # "PENS": whose file it is
 GROUP = 256  # from so many calls on a transaction waits for no more
 SWEPT_AT_ONCE = 500  # jobs in one transaction of a sweep, so that other calls come between
@@ -73,7 +73,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, endpoint TEXT NOT NULL, low_priority INTEGER NOT NULL,
     created_ms INTEGER NOT NULL, ttl_ms INTEGER NOT NULL, execution_timeout_ms INTEGER NOT NULL,
     retention_ms INTEGER NOT NULL, webhook TEXT NOT NULL, webhook_form TEXT NOT NULL, tags BLOB NOT NULL,
-    batch TEXT NOT NULL,
+    batch TEXT NOT NULL, request_id TEXT NOT NULL DEFAULT '',
     queued_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL, wake_ms INTEGER, state INTEGER NOT NULL DEFAULT 0,
     attempt INTEGER NOT NULL DEFAULT 0, retries INTEGER NOT NULL DEFAULT 0, worker TEXT NOT NULL DEFAULT '',
     started_ms INTEGER NOT NULL DEFAULT 0, finished_ms INTEGER NOT NULL DEFAULT 0, lease_ms INTEGER NOT NULL DEFAULT 0,
@@ -135,9 +135,10 @@ PASSED = "(SELECT passed FROM inputs WHERE inputs.n = jobs.n)"
 # All in one statement each: between two, the interpreter may be lost to the event loop's thread for milliseconds.
 ENTER_SIZES = (64, 16, 4, 1)
 ENTER_COLUMNS = """n, id, endpoint, low_priority, created_ms, ttl_ms, execution_timeout_ms, retention_ms, webhook,
-    webhook_form, tags, batch, queued_ms, expires_ms, wake_ms, state, attempt, worker, started_ms, lease_ms"""
+    webhook_form, tags, batch, request_id, queued_ms, expires_ms, wake_ms, state, attempt, worker, started_ms,
+    lease_ms"""
 ENTER = {
-    k: f"INSERT INTO jobs ({ENTER_COLUMNS}) VALUES " + ", ".join([f"({', '.join('?' * 20)})"] * k) for k in ENTER_SIZES
+    k: f"INSERT INTO jobs ({ENTER_COLUMNS}) VALUES " + ", ".join([f"({', '.join('?' * 21)})"] * k) for k in ENTER_SIZES
 }
 ENTER_INPUTS = {k: "INSERT INTO inputs VALUES " + ", ".join(["(?, ?, ?)"] * k) for k in ENTER_SIZES}
 
@@ -296,7 +297,7 @@ class SqliteJobStore:
                     rows.sort(key=lambda row: (row[6], row[-1]))  # low_priority, n
                     claimed += rows
             changed += [row[0] for row in claimed]
-            return [_job(row, input=row[-3], passed=row[-2]) for row in claimed]
+            return [job_of(row, input=row[-3], passed=row[-2]) for row in claimed]
 
         return await self._write(run)
 
@@ -320,7 +321,7 @@ class SqliteJobStore:
             found = [row[0] for row in db.execute(FIND_HELD, {"held": json.dumps(dict(held)), "now": now_ms})]
             _lose(db, found, error, now_ms, changed)
             lost = db.execute(f"SELECT {COLUMNS}, NULL FROM jobs WHERE {THESE}", {"these": json.dumps(found)})
-            jobs = {row[0]: _job(row) for row in lost}
+            jobs = {row[0]: job_of(row) for row in lost}
             return [jobs[id] for id in held if id in jobs]
 
         return await self._write(run)
@@ -425,7 +426,7 @@ class SqliteJobStore:
             given = {"endpoint": endpoint, "state": code, "offset": offset, "limit": limit, "batch": batch}
             (total,) = db.execute(TOTAL_OF_BATCH if batch else TOTAL, given).fetchone()
             rows = db.execute(LIST_BATCH if batch else LIST, given).fetchall() if limit else ()
-            return Page([_job(row) for row in rows], total)
+            return Page([job_of(row) for row in rows], total)
 
         return await self._read(run)
 
@@ -459,7 +460,7 @@ class SqliteJobStore:
             for n, failed in due:
                 db.execute("UPDATE outbox SET taken = 1, due_ms = ? WHERE n = ?", (now_ms + lease_ms, n))
                 row = db.execute(f"SELECT {COLUMNS}, {VALUE}, {INPUT} FROM jobs WHERE n = ?", (n,)).fetchone()
-                taken.append(Delivery(_job(row, input=row[-1]), failed + 1))
+                taken.append(Delivery(job_of(row, input=row[-1]), failed + 1))
             return taken
 
         return await self._write(run)
@@ -724,7 +725,17 @@ def _prepare(db: sqlite3.Connection, path: str) -> None:
     db.execute("PRAGMA wal_autocheckpoint = 4000")  # pages
     db.execute(f"PRAGMA journal_size_limit = {64 << 20}")  # bytes that the log keeps after a checkpoint
     if version < VERSION:
+        _add_column(db)
         db.executescript(SCHEMA)
+
+
+def _add_column(db: sqlite3.Connection) -> None:
+    """What jobs of versions before 3 lack. A process of such a version, which has the file open, goes on."""
+    db.execute("BEGIN IMMEDIATE")  # another process may be at it
+    columns = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
+    if columns and "request_id" not in columns:
+        db.execute("ALTER TABLE jobs ADD COLUMN request_id TEXT NOT NULL DEFAULT ''")
+    db.execute("COMMIT")
 
 
 def _data_version(db: sqlite3.Connection) -> int:
@@ -781,6 +792,7 @@ def _enter(db: sqlite3.Connection, adds: Sequence[_Add], changed: _Keys) -> _Out
                 request.webhook_form,
                 request.tags,
                 request.batch,
+                request.request_id,
                 now_ms,
                 expires_ms,
                 wake_ms,
@@ -808,7 +820,7 @@ def _enter(db: sqlite3.Connection, adds: Sequence[_Add], changed: _Keys) -> _Out
 
 def _get(db: sqlite3.Connection, id: str, endpoint: str, now_ms: int, whole: bool = False) -> Job | None:
     row = db.execute(GET_WHOLE if whole else GET, (id, now_ms, endpoint)).fetchall()
-    return _job(row[0], input=row[0][-1] if whole else b"") if row else None
+    return job_of(row[0], input=row[0][-1] if whole else b"") if row else None
 
 
 def _chunks(db: sqlite3.Connection, n: int, start: int) -> Sequence[bytes]:
@@ -846,8 +858,3 @@ def _sweep(db: sqlite3.Connection, now_ms: int, noted: _Keys) -> tuple[Sweep, bo
     changed = [*lost, *(id for _, id in late)]
     noted += changed
     return Sweep(changed, stop), len(rows) == SWEPT_AT_ONCE
-
-
-def _job(row: Row, input: bytes = b"", passed: bytes = b"") -> Job:
-    """A row of COLUMNS and the value."""
-    return job_of(row, row[22], input, passed)

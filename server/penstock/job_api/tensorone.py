@@ -94,7 +94,7 @@ class TensorOne:
 
     # -- answers
 
-    def failure(self, error: ServingError) -> Answer:
+    def failure(self, error: ServingError, id: str) -> Answer:
         status = 405 if isinstance(error, MethodError) else STATUS[error.kind]
         code, details = CODES.get(status, "INTERNAL_ERROR"), {}
         if isinstance(error, FieldError):
@@ -108,7 +108,7 @@ class TensorOne:
             "message": error.message,
             "code": status,
             "details": details,
-            "request_id": f"req_{uuid.uuid4().hex[:16]}",
+            "request_id": id or f"req_{uuid.uuid4().hex[:16]}",
             "timestamp": iso(now_ms()),
         }
         return answer(status, [orjson.dumps(body)], *([BESIDES[status]] if status in BESIDES else []))
@@ -132,7 +132,7 @@ class TensorOne:
 
     # -- handing in
 
-    def _order(self, endpoint: str, given: dict[str, Any]) -> Order:
+    def _order(self, endpoint: str, given: dict[str, Any], call: Call) -> Order:
         """Raises FieldError."""
         priority, tags = given.get("priority", "normal"), given.get("tags", {})
         if priority not in PRIORITIES:
@@ -151,15 +151,16 @@ class TensorOne:
             self._desk.webhook(given.get("callbackUrl"), "callbackUrl"),
             "tensorone",
             tags=orjson.dumps({"priority": priority, "tags": tags}),
+            request_id=call.id,
         )
 
     async def runsync(self, endpoint: str, call: Call) -> Answer:
         given = members(await call.document(self._desk.sizes.runsync))
-        return await self._run(self._order(endpoint, given), call)
+        return await self._run(self._order(endpoint, given, call), call)
 
     async def runasync(self, endpoint: str, call: Call) -> Answer:
         given = members(await call.document(self._desk.sizes.run))
-        order = self._order(endpoint, given)
+        order = self._order(endpoint, given, call)
         if given.get("async") is False:
             return await self._run(order, call)
         request = await self._desk.submit(order)

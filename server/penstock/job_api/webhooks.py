@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from urllib.parse import SplitResult, quote, urlsplit
 
 import penstock
+from penstock.access import as_header
 from penstock.errors import Kind, ServingError
 from penstock.job_api.journal import Journal
 from penstock.job_api.metrics import DELIVERED, FAILED, GIVEN_UP
@@ -150,10 +151,11 @@ class Outbox:
         level = "info" if delivered else "warning"
         which = f"webhook attempt {delivery.attempt} of {WEBHOOK_ATTEMPTS}"
         self._journal.note(request.endpoint, _now_ms(), level, request.id, f"{which}: {note}")
+        logger.debug("%s: %s", which, note, extra=request.names)
         given_up = not delivered and delivery.attempt >= WEBHOOK_ATTEMPTS
         self.attempts[request.endpoint, DELIVERED if delivered else GIVEN_UP if given_up else FAILED] += 1
         if given_up:
-            logger.warning("job %s: its webhook was given up: %s", request.id, note)
+            logger.warning("the webhook of a job was given up: %s", note, extra=request.names)
         await self._store.webhook_sent(request.id, delivery.attempt, delivered, _now_ms(), note)
         if not delivered:
             asyncio.get_running_loop().call_later(WEBHOOK_INTERVAL_MS / 1000, self.poke)
@@ -205,6 +207,8 @@ class Outbox:
             f"X-Job-Id: {delivery.job.request.id}".encode(),
             b"X-Attempt: %d" % delivery.attempt,
         ]
+        if id := as_header(delivery.job.request.request_id):
+            lines.append(b"X-Request-Id: " + id)
         if self._secret:
             lines.append(f"{SIGNATURE}: sha256={hmac.new(self._secret, body, hashlib.sha256).hexdigest()}".encode())
         return b"\r\n".join([*lines, b"", b""])

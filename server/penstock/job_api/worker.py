@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import orjson
 
 from penstock import oip_json
-from penstock.access import Visit
+from penstock.access import Visit, plain
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError, WorkerLostError
 from penstock.job_api.endpoints import is_endpoint
 from penstock.job_api.inputs import Prepared, is_handler, prepare
 from penstock.job_api.journal import Journal
-from penstock.job_api.store import Claim, Job, JobStore, State, Sweep
+from penstock.job_api.store import Claim, Job, JobStore, Request, State, Sweep
 from penstock.messages import JobContext
 from penstock.model import Model
 
@@ -184,6 +184,7 @@ class Worker:
     def begin(self, job: Job, prepared: Prepared | None = None) -> "asyncio.Task[Job | None]":
         """Run a claimed job whose slot is taken. The task gives the job as it ended here; None if it did elsewhere."""
         id = job.request.id
+        logger.debug("job begins, attempt %d", job.attempt, extra=job.request.names)
         task = asyncio.create_task(self._run(job, prepared))
         self._running[id] = Running(job, task)
         task.add_done_callback(functools.partial(self._ended, job))
@@ -200,7 +201,7 @@ class Worker:
         self.release(job.request.endpoint)
         if not task.cancelled() and (error := task.exception()) is not None:
             # Its lease lapses, and it runs again: nothing was recorded.
-            logger.error("job %s: how it ended could not be recorded", job.request.id, exc_info=error)
+            logger.error("how the job ended could not be recorded", exc_info=error, extra=job.request.names)
 
     async def _run(self, job: Job, prepared: Prepared | None) -> Job | None:
         request = job.request
@@ -221,7 +222,7 @@ class Worker:
                 return None
             state, error = ENDS.get(failure.kind, State.FAILED), failure.message
         except Exception as bug:
-            logger.error("job %s failed", request.id, exc_info=bug)
+            logger.error("job failed", exc_info=bug, extra=request.names)
             state, error = State.FAILED, f"{type(bug).__name__}: {bug}"
         limit = self._sizes.of(request.id)
         if output is not None and len(output) > limit:
@@ -234,7 +235,7 @@ class Worker:
         request = job.request
         if prepared is None:
             model = self._engine.model(request.endpoint)
-            context = JobContext(request.id, request.passed)
+            context = JobContext(request.id, request.passed, request.request_id)
             prepared = prepare(model, orjson.loads(request.input), request.input, context, self._limits)
         if prepared.model.streams:
             return await self._stream(job, prepared)
@@ -267,36 +268,49 @@ class Worker:
     async def _finish(self, job: Job, state: State, output: bytes | None, error: str | None) -> Job | None:
         request, finished_ms = job.request, _now_ms()
         finish = self._store.finish
-        if not await _saved(lambda: finish(request.id, job.attempt, state, finished_ms, output, error)):
+        if not await _saved(request, lambda: finish(request.id, job.attempt, state, finished_ms, output, error)):
             return None
         text = f"{state.value} after {finished_ms - job.started_ms} ms" + (f": {error}" if error else "")
-        level = "error" if error else "info"
-        self._journal.note(request.endpoint, finished_ms, level, request.id, text)
-        if self._engine.settings.access_log:
-            visit = Visit("job", "run", "", request.id, request.endpoint, request_bytes=len(request.input))
-            visit.write(state.value, len(output or b""), finished_ms - job.started_ms)
+        self._note(request, finished_ms, "error" if error else "info", text)
+        self._visited(job, state, finished_ms, len(output or b""))
         if request.webhook:
             self._due()
         return replace(job, state=state, finished_ms=finished_ms, output=output, error=error, progress=None)
 
     async def _lost(self, job: Job, lost: WorkerLostError) -> Job | None:
         request, now_ms, held = job.request, _now_ms(), {job.request.id: job.attempt}
-        self._journal.note(request.endpoint, now_ms, "error", request.id, lost.message)
+        self._note(request, now_ms, "error", lost.message, logging.WARNING)
         if not lost.blamed:
-            await _saved(lambda: self._store.release(held, now_ms))
+            await _saved(request, lambda: self._store.release(held, now_ms))
             return None
-        stands = await _saved(lambda: self._store.lose(held, lost.message, now_ms))
+        stands = await _saved(request, lambda: self._store.lose(held, lost.message, now_ms))
         self._due()
-        return stands[0] if stands and stands[0].state.is_final else None
+        if not stands or not stands[0].state.is_final:
+            return None
+        self._visited(job, stands[0].state, now_ms, 0)
+        return stands[0]
 
     async def _unavailable(self, job: Job, failure: ServingError) -> None:
         """The model cannot take the job now: it waits again, at the head of the queue, and a moment passes."""
         request = job.request
-        self._journal.note(request.endpoint, _now_ms(), "warning", request.id, f"put back: {failure.message}")
+        self._note(request, _now_ms(), "warning", f"put back: {failure.message}")
         if request.endpoint not in self._paused:
             self._paused.add(request.endpoint)
             asyncio.get_running_loop().call_later(PAUSE_S, self._resume, request.endpoint)
-        await _saved(lambda: self._store.release({request.id: job.attempt}, _now_ms()))
+        await _saved(request, lambda: self._store.release({request.id: job.attempt}, _now_ms()))
+
+    def _note(self, request: Request, at_ms: int, level: str, text: str, logged: int = logging.DEBUG) -> None:
+        """Say what happened to a job: at this level in the journal, and at that in the log."""
+        self._journal.note(request.endpoint, at_ms, level, request.id, text)
+        logger.log(logged, "job %s", plain(text), extra=request.names)
+
+    def _visited(self, job: Job, state: State, finished_ms: int, output_bytes: int) -> None:
+        """Write the line of the access log about a run that ended the job, where that is on."""
+        if self._engine.settings.access_log:
+            request = job.request
+            size = len(request.input)
+            visit = Visit("job", "run", "", request.request_id, request.endpoint, request_bytes=size, job=request.id)
+            visit.write(state.value, output_bytes, finished_ms - job.started_ms)
 
     def _resume(self, endpoint: str) -> None:
         self._paused.discard(endpoint)
@@ -428,15 +442,18 @@ def _split(value: bytes, most: int) -> list[bytes]:
     return [orjson.dumps(text[start : start + size]) for start in range(0, len(text), size)]
 
 
-async def _saved(call: Callable[[], Awaitable[T]]) -> T:
-    """What the store answers; a store that cannot be reached is asked again a few times. Raises ServingError."""
+async def _saved(request: Request, call: Callable[[], Awaitable[T]]) -> T:
+    """What the store answers; one that cannot be reached is asked again a few times, for the sake of this job.
+
+    Raises ServingError.
+    """
     for pause_s in SAVE_PAUSES_S:
         try:
             return await call()
         except ServingError as error:
             if error.kind is not Kind.UNAVAILABLE:
                 raise
-            logger.warning("jobs: a result could not be recorded yet: %s", error.message)
+            logger.warning("a result could not be recorded yet: %s", error.message, extra=request.names)
             await asyncio.sleep(pause_s)
     return await call()
 

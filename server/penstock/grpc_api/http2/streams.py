@@ -196,7 +196,7 @@ class UnaryCall(BaseCall):
         if error is None:
             self._serve(done.result())
         else:
-            self.reply(failure(self._row.path, error))
+            self.reply(failure(self._row.path, error, self.call.name))
 
 
 class StreamCall(BaseCall):
