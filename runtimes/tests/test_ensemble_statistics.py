@@ -89,6 +89,8 @@ class Served:
         answers = Answers()
         self.models[name].submit(Pending(sent, answers, Cancelled(), monotonic_ns()))
         answers.until_last()
+        for made in self.models.values():
+            made.statistics.fold()
         return answers
 
     def close(self) -> None:

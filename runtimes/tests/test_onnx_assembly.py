@@ -208,6 +208,13 @@ def test_an_optional_input_is_the_files_own_where_no_request_of_a_batch_has_it(t
     assert answers(instance, *having) == [{"Y": [[2, 4, 6], [8, 10, 12]]}, {"Y": [[2, 4, 6]]}]
 
 
+def test_an_optional_input_that_is_reshaped_may_be_left_out_too(tmp_path: Path) -> None:
+    reshaped = OPTIONAL_CONFIG.replace("dims: 3 optional: true", "dims: [ 1, 3 ] reshape { shape: 3 } optional: true")
+    instance = load(write(tmp_path, OPTIONAL, ["Z"]), reshaped)
+    assert answers(instance, request({"X": fp32(1, 3)})) == [{"Y": [[11, 22, 33]]}]
+    assert answers(instance, request({"X": fp32(1, 3), "Z": fp32(1, 1, 3)})) == [{"Y": [[2, 4, 6]]}]
+
+
 # -- padded inputs
 
 

@@ -254,7 +254,18 @@ def test_a_run_that_was_unwanted_before_it_began_ends_at_once(slow: OnnxInstance
         slow.execute([steps(1e6)], unwanted)
 
 
-def test_an_ended_batch_is_not_run_one_by_one(slow: OnnxInstance) -> None:
+def test_an_ended_batch_is_not_run_one_by_one(tmp_path: Path) -> None:
+    instance = load(chain(tmp_path, ["Add"], ["batch", 3]), BATCHED + XZ % (3, 3) + YW % 3)
+    ones = np.ones((1, 3), np.float32)
+    batch = [request({"X": ones, "Z": ones}) for _ in range(2)]
+    unwanted = Cancelled()
+    assert len(instance.execute(batch, unwanted)) == 2
+    unwanted.set(GONE)
+    with pytest.raises(ServingError, match="terminate"):
+        instance.execute(batch, unwanted)
+
+
+def test_without_a_batch_axis_every_run_of_an_ended_batch_ends(slow: OnnxInstance) -> None:
     unwanted = Cancelled()
     unwanted.set(GONE)
     answers = slow.execute([steps(1e6), steps(1e6)], unwanted)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from penstock import model_config, pb
 from penstock.errors import DeviceLostError, Kind, ServingError
 from penstock.messages import InferResponse
-from penstock.runtime import ModelFiles, Placement
+from penstock.runtime import Cancelled, ModelFiles, Placement
 from penstock.tensor import DATATYPES, Array
 from penstock_runtimes.onnx import OnnxRuntime, binding, session
 from penstock_runtimes.onnx.binding import Binding, graph_sizes
@@ -112,6 +112,15 @@ def test_the_outputs_that_are_asked_for_come_in_their_order(product: Path) -> No
     assert isinstance(answer, InferResponse)
     assert [tensor.name for tensor in answer.outputs] == ["S", "Y"]
     assert arrays(answer)["S"].tolist() == (W.T @ W).sum(1, keepdims=True).tolist()
+
+
+def test_a_run_that_nobody_wants_ends_and_the_next_is_not_touched(product: Path) -> None:
+    instance, unwanted = bound(product, HostMemory()), Cancelled()
+    unwanted.set(ServingError(Kind.CANCELLED, "gone"))
+    with pytest.raises(ServingError, match="terminate"):
+        instance.execute([request({"X": W.T})], unwanted)
+    [answer] = instance.execute([request({"X": W.T})], Cancelled())
+    assert arrays(answer)["Y"].tolist() == (W.T @ W).tolist()
 
 
 def test_answers_stay_as_they_are_while_later_ones_are_computed(product: Path) -> None:
@@ -302,6 +311,16 @@ def test_a_model_without_a_batch_axis_has_one_graph(tmp_path: Path) -> None:
     for number in range(3):
         x = np.full((2, 3), number, np.float32)
         assert made.run(["Y"], {"X": x}, options())[0].tolist() == x.tolist()
+
+
+def test_a_run_on_a_graph_heeds_its_options(product: Path) -> None:
+    made, _ = graphed(product, (2,))
+    made.run(["Y"], {"X": W.T}, options())
+    ended = options()
+    ended.terminate = True
+    with pytest.raises(Exception, match="terminate"):
+        made.run(["Y"], {"X": W.T}, ended)
+    assert made.run(["Y"], {"X": W.T}, options())[0].tolist() == (W.T @ W).tolist()
 
 
 def test_a_graph_reads_and_writes_where_it_did_when_it_was_captured(product: Path) -> None:

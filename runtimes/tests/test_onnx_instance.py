@@ -164,6 +164,13 @@ def test_bfloat16_goes_beside_other_datatypes(write: Write) -> None:
     }
 
 
+def test_a_run_with_bfloat16_ends_too_once_nobody_wants_it(write: Write) -> None:
+    instance, unwanted = load(write((TensorProto.BFLOAT16, ["a"], ["a"]))), Cancelled()
+    unwanted.set(ServingError(Kind.CANCELLED, "gone"))
+    with pytest.raises(ServingError, match="terminate"):
+        instance.execute([request({"X0": np.array([1.5], BF16)})], unwanted)
+
+
 def test_bfloat16_goes_in_beside_strings_but_cannot_come_out(write: Write) -> None:
     path = write((TensorProto.BFLOAT16, ["a"], ["a"]), (TensorProto.STRING, ["b"], ["b"]))
     inputs = (

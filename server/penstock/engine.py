@@ -25,18 +25,13 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()  # the loop's
         self._calls: deque[Callable[[], None]] = deque()
         self._woken = False
 
-    @property
-    def is_here(self) -> bool:
-        """Whether the running thread is the loop's."""
-        return threading.get_ident() == self._thread
-
     def post(self, call: Callable[[], None]) -> None:
         """Make `call` on the loop: at once if this is its thread, else soon."""
-        if self.is_here:
+        if threading.get_ident() == self.thread:
             call()
             return
         self._calls.append(call)
@@ -164,7 +159,10 @@ class OnLoop:
 
     def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:
         if final and not partial:
-            self._mailbox.post(functools.partial(self._callback, result))
+            if threading.get_ident() == self._mailbox.thread:
+                self._callback(result)
+            else:
+                self._mailbox.post(functools.partial(self._callback, result))
         return PLENTY
 
 

@@ -21,15 +21,11 @@ class HeaderPattern:
             self._pattern = re.compile(pattern.removeprefix("(?-i)"), 0 if case else re.IGNORECASE)
         except re.error as error:
             raise ServingError(Kind.INVALID, f"{flag} is no regular expression: {error}: '{pattern}'") from error
-        self._any = bool(pattern)
-
-    def __bool__(self) -> bool:
-        """Whether anything can be forwarded."""
-        return self._any
+        self.any = bool(pattern)  # whether anything can be forwarded
 
     def chosen(self, headers: Iterable[tuple[str | bytes, str | bytes]]) -> dict[str, str]:
         """The parameters that these headers become. Raises ServingError(INVALID) for a reserved name."""
-        if not self._any:
+        if not self.any:
             return {}
         found: dict[str, str] = {}
         for raw, value in headers:

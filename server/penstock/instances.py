@@ -11,7 +11,7 @@ from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit
-from penstock.overruns import Overruns
+from penstock.overruns import Overruns, Track
 from penstock.queueing import Pending, Place, Queue, Scheduler, Seating, Source
 from penstock.rate import RateLimiter, Turn
 from penstock.runtime import PLENTY, Cancelled, Credit, Instance
@@ -28,6 +28,8 @@ INLINE_STALLS_NS = (
     20_000_000  # for another thread to let go of the interpreter, a run may wait 5 ms, or a few times that
 )
 INLINE_SLOW_RUNS = 3  # in a row: a single one is as likely a thread that lost its core as a model that became slow
+INLINE_RESTS_NS = 10_000_000_000  # until a model may try again, twice as long each time: the machine was busy, perhaps
+INLINE_RESTS_MOST_NS = 640_000_000_000
 
 # Both answer every request that they are given, and raise nothing.
 Finish = Callable[[Sequence[Pending], Sequence[InferResponse | ServingError], Execution], None]
@@ -42,12 +44,15 @@ class Worker:
     """An instance, its thread and its place in the crew. All fields are owned by the crew's lock."""
 
     __slots__ = (
-        "gathered_ns", "handed", "idle_ns", "in_flight", "inline", "instance", "place", "source", "thread", "turn",
-        "wake", "wakes_ns",
+        "gathered_ns", "handed", "idle_ns", "in_flight", "inline", "instance", "place", "source", "thread", "track",
+        "turn", "wake", "wakes_ns",
     )  # fmt: skip
 
-    def __init__(self, instance: Instance, source: Source, place: Place | None, lock: threading.Lock) -> None:
+    def __init__(
+        self, instance: Instance, source: Source, place: Place | None, lock: threading.Lock, track: Track
+    ) -> None:
         self.instance = instance
+        self.track = track  # of the runs that threads make on it which others wait for
         self.source = source  # which it takes its work from
         self.place = place  # the same, where it is this worker's alone
         self.inline = False  # claimed by a thread that runs a request on it
@@ -87,6 +92,7 @@ class Crew:
         limits: Sequence[RateLimit] = (),
         shaped: Shaped = lambda _, response: response,
         responded: Responded | None = None,
+        inline_rests_ns: int = INLINE_RESTS_NS,
     ) -> None:
         """With a `limiter`, each instance has one of the `limits`. Raises ServingError if it could never run."""
         self._name = name
@@ -102,17 +108,22 @@ class Crew:
         self._closed = False
         self._slow_runs = 0  # inline, in a row
         self._inline_bytes = -1  # the largest request that may run inline; -1: none
+        self._resting_bytes = -1  # the same, while it is -1 for a time
+        self._rests_until_ns = NEVER_NS
+        self._rests_ns = inline_rests_ns  # the next time
         self._starts_inline = False
         self._deadlines = Deadlines(f"{name}-deadlines", self._expired)
         self._overruns = Overruns(f"{name}-overruns")
         self._pinned = isinstance(scheduler, Seating)  # each request has its worker
         if isinstance(scheduler, Seating):
             self._workers = [
-                Worker(instance, place, place, self._lock)
+                Worker(instance, place, place, self._lock, self._overruns.track())
                 for instance, place in zip(instances, scheduler.places, strict=True)
             ]
         else:
-            self._workers = [Worker(instance, scheduler, None, self._lock) for instance in instances]
+            self._workers = [
+                Worker(instance, scheduler, None, self._lock, self._overruns.track()) for instance in instances
+            ]
         self._limiter = limiter
         if limiter is not None:
             try:
@@ -195,9 +206,10 @@ class Crew:
 
     def _claim(self, now_ns: int) -> Worker | None:
         """An idle worker that may run the only request there is, which leaves the queue for it. Holds the lock."""
-        for worker in reversed(self._idle):
+        for place in range(len(self._idle) - 1, -1, -1):
+            worker = self._idle[place]
             if worker.source.take(now_ns):
-                self._idle.remove(worker)
+                del self._idle[place]
                 worker.inline = True
                 return worker
             if not self._pinned:
@@ -332,8 +344,10 @@ class Crew:
             if worker.instance.streams:
                 self._start(worker, batch)
             else:
-                self._run(worker.instance, batch, gathered_ns=worker.gathered_ns)
+                self._run(worker.instance, batch, monotonic_ns(), gathered_ns=worker.gathered_ns)
             del batch  # else its tensors would live until the next one comes
+            if self._rests_until_ns < NEVER_NS:
+                self._rest_no_more()
             if worker.place is not None:
                 with self._lock:
                     worker.place.done(monotonic_ns())
@@ -401,15 +415,18 @@ class Crew:
         return source.take(now_ns)
 
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
-        elapsed_ns = 0
+        elapsed_ns = 1  # whatever happens, then it has been answered
         before = _usage() if self._slow_runs else None
-        guard = self._overruns.begin(monotonic_ns())
+        started_ns = monotonic_ns()
+        guard = self._overruns.begin(worker.track, started_ns)
         try:
-            elapsed_ns = self._run(worker.instance, [pending], guard)
+            elapsed_ns = self._run(worker.instance, [pending], started_ns, guard)
         finally:
-            self._overruns.end(guard)
+            worker.track.since_ns = 0
             with self._lock:
                 worker.inline = False
+                if elapsed_ns > 0:
+                    self._count_ended(1)
                 if elapsed_ns == OVERRAN:
                     worker.handed = [pending]
                     self._slow_runs = INLINE_SLOW_RUNS
@@ -420,23 +437,41 @@ class Crew:
                 if worker.place is not None and not worker.handed:
                     worker.place.done(monotonic_ns())
                 if self._slow_runs == INLINE_SLOW_RUNS:
-                    self._inline_bytes = -1
-                    logger.info("model %s runs too long for the threads that bring its requests", self._name)
+                    self._stop_inline(elapsed_ns)
                 if self._closed or worker.handed or len(self._scheduler):
                     worker.wake.notify()  # its own thread ends, or looks at what there is to do
                 else:
                     self._idle.append(worker)
                     worker.idle_ns = monotonic_ns()
 
+    def _stop_inline(self, elapsed_ns: int) -> None:
+        """Run nothing inline any more: for a while, or for ever after a run that others waited for. Holds the lock."""
+        logger.info("model %s runs too long for the threads that bring its requests", self._name)
+        if elapsed_ns == OVERRAN:
+            self._rests_until_ns = NEVER_NS
+        elif self._inline_bytes >= 0:
+            self._resting_bytes, self._rests_until_ns = self._inline_bytes, monotonic_ns() + self._rests_ns
+            self._rests_ns = min(2 * self._rests_ns, INLINE_RESTS_MOST_NS)
+        self._inline_bytes, self._slow_runs = -1, 0
+
+    def _rest_no_more(self) -> None:
+        with self._lock:
+            if monotonic_ns() >= self._rests_until_ns:
+                self._inline_bytes, self._rests_until_ns = self._resting_bytes, NEVER_NS
+
     def _run(
-        self, instance: Instance, batch: list[Pending], guard: Cancelled | None = None, gathered_ns: int = 0
+        self,
+        instance: Instance,
+        batch: list[Pending],
+        started_ns: int,
+        guard: Cancelled | None = None,
+        gathered_ns: int = 0,
     ) -> int:
         """Execute and reply; returns the nanoseconds that took.
 
-        What runs inline has a `guard`, and is over before its client could end it. Where the guard ended it, OVERRAN is
-        returned instead, and the request is still to be answered.
+        What runs inline has a `guard`, is over before its client could end it, and is left to the caller to be counted
+        as ended. Where the guard ended it, OVERRAN is returned instead, and the request is still to be answered.
         """
-        started_ns = monotonic_ns()
         wanted = self._still_wanted(batch, started_ns)
         if not wanted:
             return 0
@@ -453,7 +488,9 @@ class Crew:
             else:
                 results = [_failure(error, *wanted)] * len(wanted)
         ended_ns = monotonic_ns()
-        if any(isinstance(result, ServingError) for result in results):
+        if isinstance(results[0], ServingError) or (
+            len(results) > 1 and any(isinstance(result, ServingError) for result in results)
+        ):
             times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns, gathered_ns)
         else:
             ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
@@ -463,7 +500,8 @@ class Crew:
         try:
             self._finish(wanted, results, times)
         finally:
-            self._ended(wanted)
+            if guard is None:
+                self._ended(wanted)
         return ended_ns - started_ns
 
     def _start(self, worker: Worker, batch: list[Pending]) -> None:
@@ -481,7 +519,7 @@ class Crew:
 
     def _still_wanted(self, batch: list[Pending], now_ns: int) -> list[Pending]:
         """Those of the batch that somebody waits for; the others get their last reply here."""
-        if len(batch) == 1 and not batch[0].expires_ns and batch[0].cancelled.reason is None:
+        if len(batch) == 1 and now_ns < (batch[0].expires_ns or NEVER_NS) and batch[0].cancelled.reason is None:
             return batch
         wanted, unwanted = [], []
         for pending in batch:
@@ -506,9 +544,13 @@ class Crew:
             if pending.expires_ns or pending.request.timeout_us:
                 self._deadlines.forget(pending)
         with self._lock:
-            self._unfinished -= len(answered)
-            if not self._unfinished:
-                self._done.notify_all()
+            self._count_ended(len(answered))
+
+    def _count_ended(self, number: int) -> None:
+        """So many requests have had their last reply. Holds the lock."""
+        self._unfinished -= number
+        if self._draining and not self._unfinished:
+            self._done.notify_all()
 
 
 def _usage() -> resource.struct_rusage:

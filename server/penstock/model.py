@@ -77,10 +77,10 @@ class Model:
         self.decoupled = loaded.config.model_transaction_policy.decoupled
         self.batching = model_config.batch_policy(loaded.config)
         pads = [instance.padded for instance in instances if isinstance(instance, Pads)]
-        self.statistics = Statistics(padded=tuple(padded for padded in pads if padded is not None))
+        self._statistics = Statistics(padded=tuple(padded for padded in pads if padded is not None))
         self._blamed = "OTHER" if self.members else "BACKEND"  # for what instances answer: an ensemble computes nothing
         self._lose_device = lose_device
-        self.statistics.histograms.first_response = Histogram(first_response_buckets(loaded.config))
+        self._statistics.histograms.first_response = Histogram(first_response_buckets(loaded.config))
         self._cache = response_cache if loaded.config.response_cache.enable else None
         # A version that is loaded anew may answer otherwise, and so may one whose members are.
         self._fingerprint = cache.fingerprint(loaded.config, self.version) + next(_loads).to_bytes(8)
@@ -95,7 +95,7 @@ class Model:
                 Kind.UNSUPPORTED, f"model '{self.name}': sequence_batching needs a runtime that takes batches"
             )
         inline_bytes = self._probe(instances[0])
-        for padded in self.statistics.padded:
+        for padded in self._statistics.padded:
             padded.data = padded.padding = 0  # what the probe and the warm-up ran is nothing that requests sent
         self._instances = tuple(instances)
         self.streams = any(instance.streams for instance in instances)  # it may answer more than once, or later
@@ -113,6 +113,12 @@ class Model:
         self._crew.allow_inline(inline_bytes)
         if self.members and self.calls <= INLINE_CALLS:
             self._crew.start_inline()
+
+    @property
+    def statistics(self) -> Statistics:
+        """The counts, of all that has ended."""
+        self._statistics.fold()
+        return self._statistics
 
     @property
     def waiting(self) -> int:
@@ -210,14 +216,14 @@ class Model:
         if outputs is None:
             pending.missed = Missed(key, lookup_ns)
             return False
-        self.statistics.hit(lookup_ns, started_ns - pending.arrived_ns)
+        self._statistics.hit(lookup_ns, started_ns - pending.arrived_ns)
         _send(pending, InferResponse(request.model, self.version, request.id, outputs))
         return True
 
     def _keep(self, missed: Missed, response: InferResponse, kept: ResponseCache) -> None:
         started_ns = time.monotonic_ns()
         kept.put(missed.key, response.outputs)
-        self.statistics.missed(missed.lookup_ns, time.monotonic_ns() - started_ns)
+        self._statistics.missed(missed.lookup_ns, time.monotonic_ns() - started_ns)
 
     def _scheduler(self) -> Scheduler:
         if self.batching is None:
@@ -226,8 +232,8 @@ class Model:
 
     def _departures(self) -> dict[str, int]:
         """The counter of batches by the reason why they leave, which is shown from now on."""
-        self.statistics.departures = dict.fromkeys(DEPARTURES, 0)
-        return self.statistics.departures
+        self._statistics.departures = dict.fromkeys(DEPARTURES, 0)
+        return self._statistics.departures
 
     def shares_gpu(self, other: "Model") -> bool:
         """Whether an error that cost `other` its GPU's context costs this version its own: each process has one.
@@ -285,7 +291,7 @@ class Model:
             if pending.whole is None and pending.missed is None:
                 answer = self._shaped(pending.request, first)
                 if isinstance(answer, InferResponse):
-                    self.statistics.executed((pending.arrived_ns,), pending.request.rows, times)
+                    self._statistics.executed((pending.arrived_ns,), pending.request.rows, times)
                     answer.computed = times
                 else:
                     self._count_failure(answer, times.ended_ns - pending.arrived_ns, "OTHER")
@@ -311,7 +317,7 @@ class Model:
                     arrivals_ns.append(pending.arrived_ns)
                 else:
                     answer.computed = together = part.whole.times
-                    self.statistics.joined(pending.arrived_ns, together)
+                    self._statistics.joined(pending.arrived_ns, together)
                 if pending.missed is not None and self._cache is not None:
                     self._keep(pending.missed, answer, self._cache)
             else:
@@ -320,7 +326,7 @@ class Model:
                 if isinstance(answer, DeviceLostError) and self._lose_device is not None:
                     self._lose_device(self, answer)
         if arrivals_ns or rows:
-            self.statistics.executed(arrivals_ns, rows, times)
+            self._statistics.executed(arrivals_ns, rows, times)
         for pending, answer in answers:
             _send(pending, answer)
 
@@ -354,11 +360,11 @@ class Model:
             outcome = "cancel" if result.kind is Kind.CANCELLED else "fail"
         elif not result.outputs:
             outcome = "empty_response"
-        self.statistics.responded(place, infer_ns, outcome, request_ns)
+        self._statistics.responded(place, infer_ns, outcome, request_ns)
 
     def _count_failure(self, error: ServingError, ns: int, otherwise: str) -> None:
         gone = error.kind in (Kind.CANCELLED, Kind.DEADLINE)  # the client has cancelled, or waits no longer
-        self.statistics.failed("CANCELED" if gone else otherwise, ns)
+        self._statistics.failed("CANCELED" if gone else otherwise, ns)
 
 
 def _limits(config: pb.ModelConfig) -> list[RateLimit]:

@@ -11,6 +11,16 @@ REST_AFTER = 40  # looks without a run in between, at two in LIMIT_NS
 OVERRUN = ServingError(Kind.INTERNAL, "the run was ended, for others wait for its thread")
 
 
+class Track:
+    """Where runs follow one another. What tells the one that it lasts too long serves the next, too: most are short."""
+
+    __slots__ = ("guard", "since_ns")
+
+    def __init__(self) -> None:
+        self.guard = Cancelled()
+        self.since_ns = 0  # when the run began that is on its way; 0: none is
+
+
 class Overruns:
     """Says to each run that it is unwanted once it has lasted for LIMIT_NS.
 
@@ -20,7 +30,7 @@ class Overruns:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._running: dict[Cancelled, int] = {}  # since when
+        self._tracks: list[Track] = []
         self._seen = False  # whether a run began since the last look
         self._resting = True
         self._wake = threading.Event()
@@ -28,18 +38,23 @@ class Overruns:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def begin(self, now_ns: int) -> Cancelled:
-        """What tells a run that begins that it lasts too long. To be given to `end` when it has ended."""
-        guard = Cancelled()
-        self._running[guard] = now_ns
+    def track(self) -> Track:
+        """For runs of which each begins when the one before it has ended."""
+        track = Track()
+        self._tracks.append(track)
+        return track
+
+    def begin(self, track: Track, now_ns: int) -> Cancelled:
+        """What tells a run that begins that it lasts too long. When it has ended, `since_ns` is to be set to 0."""
+        guard = track.guard
+        # One that runs before have left watchers on, each its own, would keep them for ever.
+        if guard.reason is not None or (guard.watchers and len(guard.watchers) > 1):
+            guard = track.guard = Cancelled()
+        track.since_ns = now_ns
         self._seen = True
         if self._resting:
             self._rouse()
         return guard
-
-    def end(self, guard: Cancelled) -> None:
-        """The run has ended."""
-        del self._running[guard]
 
     def close(self) -> None:
         """End the thread."""
@@ -64,7 +79,7 @@ class Overruns:
             while quiet < REST_AFTER:
                 if self._closed.wait(LIMIT_NS / 2e9):
                     return
-                quiet = 0 if self._seen or self._running else quiet + 1
+                quiet = 0 if self._seen or any(track.since_ns for track in self._tracks) else quiet + 1
                 self._seen = False
                 self.look(monotonic_ns())
             with self._lock:
@@ -73,7 +88,8 @@ class Overruns:
                     self._wake.set()
 
     def look(self, now_ns: int) -> None:
-        """End the runs that have lasted too long."""
-        for guard, since_ns in tuple(self._running.items()):
-            if now_ns - since_ns > LIMIT_NS:
+        """End the runs that have lasted too long. If one ends by itself just now, the next may be ended instead."""
+        for track in self._tracks:
+            guard, since_ns = track.guard, track.since_ns
+            if since_ns and now_ns - since_ns > LIMIT_NS:
                 guard.set(OVERRUN)

@@ -59,12 +59,12 @@ class Placement:
 class Cancelled:
     """Whether a request is still wanted. Set at most once, by any thread; true from then on."""
 
-    __slots__ = ("_watchers", "reason")
+    __slots__ = ("reason", "watchers")
     _lock = threading.Lock()  # one for all: it is held for a few instructions, and a lock per request costs more
 
     def __init__(self) -> None:
         self.reason: ServingError | None = None
-        self._watchers: list[Callable[[], None]] | None = None
+        self.watchers: list[Callable[[], None]] | None = None  # to be called; written here alone
 
     def __bool__(self) -> bool:
         return self.reason is not None
@@ -75,7 +75,7 @@ class Cancelled:
             if self.reason is not None:
                 return False
             self.reason = reason
-            watchers, self._watchers = self._watchers, None
+            watchers, self.watchers = self.watchers, None
         for watcher in watchers or ():
             watcher()
         return True
@@ -84,9 +84,9 @@ class Cancelled:
         """Call `watcher` once when this is set, on the setting thread; now, if it is set already."""
         with self._lock:
             if self.reason is None:
-                if self._watchers is None:
-                    self._watchers = []
-                self._watchers.append(watcher)
+                if self.watchers is None:
+                    self.watchers = []
+                self.watchers.append(watcher)
                 return
         watcher()
 
@@ -191,8 +191,8 @@ class Instance(Protocol):
     ) -> Sequence[InferResponse | ServingError]:
         """One answer per request, in order. Raising fails the whole batch.
 
-        `unwanted` is set once nobody waits for any of them: then the run may end early, by raising. None for runs that
-        are known to be short.
+        `unwanted` is set once nobody waits for any of them: then the run may end early, by raising. It may be that of
+        the run before, if that was not ended. None for runs that are known to be short.
         """
 
     def start(self, request: InferRequest, reply: Reply, cancelled: Cancelled) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from penstock.messages import Phases
 
 
@@ -67,6 +69,10 @@ FIRST_RESPONSE_MS = (100, 500, 2000, 5000)  # Triton's
 RECENT_NS = 60_000 * MS
 MOST_RECENT = 8192
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+FOLDED = 256  # executions that are counted together: one by one, each took as long as a short run of a model
+NO_RUN = -1  # rows of a request that ran in parts, which have been counted
+
+Values: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 class Histogram:
@@ -79,9 +85,16 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)  # the last is of values beyond all bounds
         self.total = 0  # the sum of all values
 
-    def add(self, value: int, times: int = 1) -> None:
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.total += value * times
+    def add(self, value: int) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def add_all(self, values: Values) -> None:
+        """A one-dimensional array of them."""
+        places = np.searchsorted(self.bounds, values)
+        for place, number in enumerate(np.bincount(places).tolist()):
+            self.counts[place] += number
+        self.total += int(values.sum())
 
 
 class Recent:
@@ -94,6 +107,9 @@ class Recent:
 
     def add(self, value: int, now_ns: int) -> None:
         self._values.append((now_ns, value))
+
+    def add_all(self, values: Values, then_ns: Values) -> None:
+        self._values.extend(zip(then_ns.tolist(), values.tolist(), strict=True))
 
     def at(self, quantiles: Sequence[float], now_ns: int) -> list[float]:
         """The value at each quantile; NaN where there is none."""
@@ -141,7 +157,10 @@ class Padded:
 
 @dataclass(slots=True)
 class Statistics:
-    """Counts of one loaded version, written once per batch under one lock. Statistics extension, response fields."""
+    """Counts of one loaded version, written under one lock. Statistics extension, response fields.
+
+    Executions are noted one by one and counted many at a time: call `fold` before reading.
+    """
 
     last_inference_ms: int = 0  # since the Unix epoch
     inference_count: int = 0  # rows of successful requests
@@ -161,7 +180,11 @@ class Statistics:
     padded: tuple[Padded, ...] = ()  # of the instances that pad, each written by its own
     histograms: Histograms = field(default_factory=Histograms)
     summaries: Summaries | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    # Not counted yet: of each run rows, requests, nanoseconds of the phases, start and end, gathering; and of each of
+    # its requests, when it arrived.
+    _runs: list[int] = field(default_factory=list, repr=False)
+    _arrivals_ns: list[int] = field(default_factory=list, repr=False)
 
     def executed(self, arrivals_ns: Sequence[int], rows: int, times: Execution) -> None:
         """Count one execution: when each request that it ended well arrived, and how many rows it computed.
@@ -169,64 +192,65 @@ class Statistics:
         Every such request of a batch adds the batch's full compute times, as Triton counts. Parts of a request are
         rows; the request itself is counted by `joined`.
         """
-        seen = self.histograms
         with self.lock:
-            self.last_inference_ms = time.time_ns() // MS
-            self.execution_count += 1
-            self.inference_count += rows
-            batch = self.batches.get(rows)
-            if batch is None:
-                batch = self.batches[rows] = BatchStatistics()
-            batch.compute_input.add(times.input_ns)
-            batch.compute_infer.add(times.infer_ns)
-            batch.compute_output.add(times.output_ns)
-            seen.rows.add(rows)
-            seen.gathered.add(times.gathered_ns)
-            if arrivals_ns:
-                self._succeeded(arrivals_ns, times)
+            self._runs += (
+                rows, len(arrivals_ns), times.input_ns, times.infer_ns, times.output_ns, times.started_ns,
+                times.ended_ns, times.gathered_ns,
+            )  # fmt: skip
+            self._arrivals_ns += arrivals_ns
+            if len(self._runs) >= FOLDED * 8:
+                self._fold()
 
     def joined(self, arrived_ns: int, times: Execution) -> None:
         """Count a request that ran in parts, whose executions have been counted: it has their phases together."""
-        with self.lock:
-            self._succeeded((arrived_ns,), times)
+        self.executed((arrived_ns,), NO_RUN, times)
 
-    def _succeeded(self, arrivals_ns: Sequence[int], times: Execution) -> None:
-        """Count the requests that an execution ended well. Holds the lock."""
-        number, arrived = len(arrivals_ns), sum(arrivals_ns)
+    def fold(self) -> None:
+        """Count what has been noted."""
+        with self.lock:
+            if self._runs:
+                self._fold()
+
+    def _fold(self) -> None:
+        """Holds the lock."""
+        noted = np.array(self._runs, np.int64).reshape(-1, 8)
+        arrivals_ns = np.array(self._arrivals_ns, np.int64)
+        self._runs.clear()
+        self._arrivals_ns.clear()
+        since_ns = time.monotonic_ns() - int(noted[:, 6].max())
+        self.last_inference_ms = (time.time_ns() - since_ns) // MS
         seen = self.histograms
-        # Written out, for every request passes here: as calls these took 2 us.
-        for duration, histogram, ns in (
-            (self.compute_input, seen.compute_input, times.input_ns),
-            (self.compute_infer, seen.compute_infer, times.infer_ns),
-            (self.compute_output, seen.compute_output, times.output_ns),
+        runs = noted[noted[:, 0] != NO_RUN]
+        rows = runs[:, 0]
+        self.execution_count += len(runs)
+        self.inference_count += int(rows.sum())
+        for size in np.unique(rows).tolist():
+            of_size = runs[rows == size]
+            batch = self.batches.get(size)
+            if batch is None:
+                batch = self.batches[size] = BatchStatistics()
+            for duration, column in ((batch.compute_input, 2), (batch.compute_infer, 3), (batch.compute_output, 4)):
+                duration.add(int(of_size[:, column].sum()), len(of_size))
+        seen.rows.add_all(rows)
+        seen.gathered.add_all(runs[:, 7])
+        if not len(arrivals_ns):
+            return
+        _, _, input_ns, infer_ns, output_ns, started_ns, ended_ns, _ = np.repeat(noted, noted[:, 1], axis=0).T
+        request_ns = ended_ns - arrivals_ns
+        recent = self.summaries
+        for duration, histogram, summary, values in (
+            (self.success, seen.request, recent.request if recent else None, request_ns),
+            (self.queue, seen.queue, recent.queue if recent else None, started_ns - arrivals_ns),
+            (self.compute_input, seen.compute_input, recent.compute_input if recent else None, input_ns),
+            (self.compute_infer, seen.compute_infer, recent.compute_infer if recent else None, infer_ns),
+            (self.compute_output, seen.compute_output, recent.compute_output if recent else None, output_ns),
         ):
-            duration.count += number
-            duration.ns += number * ns
-            histogram.counts[bisect_left(TIMES_NS, ns)] += number
-            histogram.total += number * ns
-        for duration, histogram, until_ns in (
-            (self.success, seen.request, times.ended_ns),
-            (self.queue, seen.queue, times.started_ns),
-        ):
-            total = number * until_ns - arrived
-            duration.count += number
-            duration.ns += total
-            histogram.total += total
-            for arrived_ns in arrivals_ns:
-                histogram.counts[bisect_left(TIMES_NS, until_ns - arrived_ns)] += 1
+            duration.add(int(values.sum()), len(values))
+            histogram.add_all(values)
+            if summary is not None:
+                summary.add_all(values, ended_ns)
         if not self.responses:  # else the first of them was counted as it came
-            first = seen.first_response
-            for arrived_ns in arrivals_ns:
-                took_ms = (times.ended_ns - arrived_ns) // MS
-                first.counts[bisect_left(first.bounds, took_ms)] += 1
-                first.total += took_ms
-        if self.summaries is not None:
-            for arrived_ns in arrivals_ns:
-                self.summaries.request.add(times.ended_ns - arrived_ns, times.ended_ns)
-                self.summaries.queue.add(times.started_ns - arrived_ns, times.ended_ns)
-                self.summaries.compute_input.add(times.input_ns, times.ended_ns)
-                self.summaries.compute_infer.add(times.infer_ns, times.ended_ns)
-                self.summaries.compute_output.add(times.output_ns, times.ended_ns)
+            seen.first_response.add_all(request_ns // MS)
 
     def hit(self, lookup_ns: int, queue_ns: int) -> None:
         """Count a request that the cache answered: how long that took, and how long it had been there before."""

@@ -13,6 +13,7 @@ from penstock.control import EXTENSIONS, METHODS, Fields, Method
 from penstock.engine import Engine
 from penstock.errors import Kind, ServingError
 from penstock.settings import Settings
+from penstock.statistics import Execution
 
 from .fakes import LIMIT_S, Answers, FakeRuntime, request
 
@@ -188,6 +189,34 @@ def test_statistics_show_what_was_counted(engine: Engine) -> None:
         (1, 2),
         (2, 1),
     ]
+
+
+def test_every_duration_is_shown_under_its_name(engine: Engine) -> None:
+    counts = engine.model("m", "1").statistics
+    counts.executed([900], 3, Execution(10, 100, 40, 1000, 1150))
+    counts.executed([900], 2, Execution(10, 100, 40, 1000, 1150))
+    counts.failed("OTHER", 7)
+    counts.hit(lookup_ns=3, queue_ns=2)
+    counts.responded(1, 8, "fail", 108)
+    counts.responded(0, 9, "success", 109)
+    [entry] = call(engine, "ModelStatistics", name="m", version="1")["model_stats"]
+    shown = {name: (duration["count"], duration["ns"]) for name, duration in entry["inference_stats"].items()}
+    shown.pop("cache_miss")
+    assert shown == {
+        "success": (3, 505), "fail": (1, 7), "queue": (3, 202), "compute_input": (2, 20), "compute_infer": (2, 200),
+        "compute_output": (2, 80), "cache_hit": (1, 3),
+    }  # fmt: skip
+    phases = {
+        "compute_input": {"count": 1, "ns": 10},
+        "compute_infer": {"count": 1, "ns": 100},
+        "compute_output": {"count": 1, "ns": 40},
+    }
+    assert entry["batch_stats"] == [{"batch_size": 2} | phases, {"batch_size": 3} | phases]
+    assert list(entry["response_stats"]) == ["0", "1"]
+    names = ("compute_infer", "compute_output", "success", "fail", "empty_response", "cancel")
+    assert [list(entry["response_stats"][place]) for place in "01"] == [list(names)] * 2
+    of = {place: [entry["response_stats"][place][name]["count"] for name in names] for place in "01"}
+    assert of == {"0": [1, 1, 1, 0, 0, 0], "1": [1, 0, 0, 1, 0, 0]}
 
 
 def test_a_server_on_its_way_out_tells_nothing_of_its_models(engine: Engine) -> None:

@@ -59,6 +59,15 @@ def test_requests_expire_in_the_order_of_their_times() -> None:
         assert (heard.early, len(made)) == (0, 1)
 
 
+def test_a_nearer_time_wakes_who_sleeps_until_a_far_one() -> None:
+    heard = Heard()
+    with deadlines(heard) as made:
+        made.add(due(0), time.monotonic_ns() + FAR_NS)
+        for number in range(1, 21):  # at one of them, if not at each, the thread sleeps already
+            made.add(due(0), time.monotonic_ns() + 1_000_000)
+            heard.wait(number)
+
+
 def test_what_is_forgotten_does_not_expire() -> None:
     heard = Heard()
     with deadlines(heard) as made:

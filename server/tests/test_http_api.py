@@ -24,6 +24,7 @@ from penstock.errors import Kind, ServingError
 from penstock.http_api import Door, Exchange, Head, HttpApp, coding, make_server, serve_infer
 from penstock.http_api.answers import STATUS, Body, Headers
 from penstock.http_api.connection import MAX_CHUNKS, LimitedProtocol
+from penstock.http_api.infer import LONG_JSON
 from penstock.lifecycle import Lifecycle
 from penstock.messages import InferRequest, InferResponse
 from penstock.model import Loaded, Model
@@ -545,9 +546,12 @@ def test_a_client_that_leaves_before_its_body_is_whole_gets_nothing(client: Clie
     assert asyncio.run(client.call("POST", "/v2/models/m/infer", receive=receive)).status == 0
 
 
-def test_an_exchange_replies_once_though_cancelled_while_it_inflates() -> None:
-    client = Client(model("m", Doubler()))
+@pytest.mark.parametrize("long", ["compressed", "json"])
+def test_an_exchange_replies_once_though_cancelled_while_its_body_is_read(long: str) -> None:
+    instance = Doubler()
+    client = Client(model("m", instance))
     answers: list[tuple[int, Headers, Body]] = []
+    ran = len(instance.seen)
 
     async def run() -> None:
         done = asyncio.Event()
@@ -556,15 +560,17 @@ def test_an_exchange_replies_once_though_cancelled_while_it_inflates() -> None:
             answers.append(answer)
             done.set()
 
-        head = Head("m", "", {b"content-encoding": b"gzip"})
-        door = Door(client.engine, client.settings)
-        exchange = serve_infer(door, head, gzip.compress(orjson.dumps(INFER)), reply)
+        body, headers = orjson.dumps(INFER) + b" " * LONG_JSON, dict[bytes, bytes]()
+        if long == "compressed":
+            body, headers = gzip.compress(orjson.dumps(INFER)), {b"content-encoding": b"gzip"}
+        exchange = serve_infer(Door(client.engine, client.settings), Head("m", "", headers), body, reply)
         assert isinstance(exchange, Exchange)
         exchange.cancel(ServingError(Kind.CANCELLED, "enough"))
         await asyncio.wait_for(done.wait(), LIMIT_S)
 
     asyncio.run(run())
     assert [(status, bytes(body[0])) for status, _, body in answers] == [(499, b'{"error":"enough"}')]
+    assert len(instance.seen) == ran
 
 
 def test_an_inline_answer_comes_before_serve_infer_returns(client: Client) -> None:

@@ -53,7 +53,7 @@ def plain(request: InferRequest | None) -> object:
         name: (one.datatype.name, one.array.dtype.str, one.array.tolist()) for name, one in request.inputs.items()
     }
     return (request.model, request.version, request.id, arrays, request.outputs, request.parameters, request.priority,
-            request.rows, request.sequence)  # fmt: skip
+            request.timeout_us, request.rows, request.sequence)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +63,33 @@ def to() -> Model:
 
 def test_a_second_request_is_known_whatever_its_id_and_data(to: Model) -> None:
     known = Templates(1000)
-    first = binary(
-        1, 2, id="first", outputs=[{"name": "Y", "parameters": {"binary_data": True}}], parameters={"priority": 2}
-    )
+    members: dict[str, Any] = {
+        "outputs": [{"name": "Y", "parameters": {"binary_data": True}}],
+        "parameters": {"priority": 2, "timeout": 9},
+    }
+    first = binary(1, 2, id="first", **members)
     assert known.read(to, *first) is None
     assert plain(learnt(known, to, *first)) == plain(decoded(to, *first)[1])
-    for id in ("", "second", "x" * 500):
-        body, json_bytes = binary(
-            3, 4, id=id, outputs=[{"name": "Y", "parameters": {"binary_data": True}}], parameters={"priority": 2}
-        )
+    for id in ("second", "x" * 500):
+        body, json_bytes = binary(3, 4, id=id, **members)
         found = known.read(to, body, json_bytes)
         assert found is not None
         made, request = decoded(to, body, json_bytes)
         assert plain(found[0]) == plain(request)
         assert found[1] == made.forms
         assert np.shares_memory(found[0].inputs["A"].array, np.frombuffer(body, np.uint8))
+
+
+def test_requests_with_an_empty_id_are_known_from_the_second_on(to: Model) -> None:
+    known = Templates(1000)
+    learnt(known, to, *binary(1, 2, id="plain"))
+    assert known.read(to, *binary(3, 4, id="")) is None
+    learnt(known, to, *binary(3, 4, id=""))
+    for id in ("", "plain", "another"):
+        body, json_bytes = binary(5, 6, id=id)
+        found = known.read(to, body, json_bytes)
+        assert found is not None
+        assert plain(found[0]) == plain(decoded(to, body, json_bytes)[1])
 
 
 @pytest.mark.parametrize("id", ['quo"te', "back\\slash", "umläut", "new\nline", "\x7f"])

@@ -1,11 +1,14 @@
 """Workers run batches, answer every request exactly once, and stop when they are told."""
 
 import contextlib
+import gc
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic_ns
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from penstock import messages
 from penstock.batching import DEPARTURES
 from penstock.errors import Kind, ServingError
-from penstock.instances import INLINE_ENDS_NS, INLINE_SLOW_RUNS, Crew
+from penstock.instances import INLINE_ENDS_NS, INLINE_RESTS_NS, INLINE_SLOW_RUNS, Crew
 from penstock.messages import InferRequest, InferResponse, Phases
 from penstock.model_config import RateLimit, Resource, SequencePolicy
 from penstock.queueing import Fifo, Pending, Scheduler, Seating
@@ -57,10 +60,20 @@ class Ledger:
 
 @contextmanager
 def crew(
-    *instances: Instance, scheduler: Scheduler | Seating | None = None, ledger: Ledger | None = None
+    *instances: Instance,
+    scheduler: Scheduler | Seating | None = None,
+    ledger: Ledger | None = None,
+    inline_rests_ns: int = INLINE_RESTS_NS,
 ) -> Iterator[Crew]:
     ledger = Ledger() if ledger is None else ledger
-    made = Crew("m", Fifo() if scheduler is None else scheduler, instances, ledger.finish, ledger.withdraw)
+    made = Crew(
+        "m",
+        Fifo() if scheduler is None else scheduler,
+        instances,
+        ledger.finish,
+        ledger.withdraw,
+        inline_rests_ns=inline_rests_ns,
+    )
     try:
         yield made
         assert made.drain(LIMIT_S)
@@ -134,13 +147,28 @@ def test_nothing_runs_inline_while_the_instance_is_busy() -> None:
     assert threading.get_ident() not in instance.threads
 
 
-def test_slow_inline_runs_in_a_row_are_the_last_ones() -> None:
-    def slow(batch: Sequence[InferRequest]) -> Sequence[Result]:
-        until = time.thread_time_ns() + 2 * INLINE_ENDS_NS
-        while time.thread_time_ns() < until:
-            pass
-        return [EchoInstance().answer(sent) for sent in batch]
+def slow(batch: Sequence[InferRequest]) -> Sequence[Result]:
+    """What computes for longer than is allowed inline."""
+    until = time.thread_time_ns() + 2 * INLINE_ENDS_NS
+    while time.thread_time_ns() < until:
+        pass
+    return [EchoInstance().answer(sent) for sent in batch]
 
+
+def test_slow_inline_runs_in_a_row_are_the_last_ones_for_a_while() -> None:
+    instance = ScriptedInstance(slow)
+    with crew(instance, inline_rests_ns=0) as made:
+        made.allow_inline(4)
+        for _ in range(INLINE_SLOW_RUNS):
+            submit(made)
+        assert made.inline_bytes == -1
+        submit(made)[1].one()  # on the worker, which then looks whether the time is over, before it takes another
+        submit(made)[1].one()
+        assert made.inline_bytes == 4
+    assert instance.threads[INLINE_SLOW_RUNS] != threading.get_ident()
+
+
+def test_slow_inline_runs_in_a_row_are_the_last_ones() -> None:
     instance = ScriptedInstance(slow)
     with crew(instance) as made:
         made.allow_inline(4)
@@ -155,13 +183,15 @@ def test_slow_inline_runs_in_a_row_are_the_last_ones() -> None:
 class Endless(EchoInstance):
     """Computes on, wherever it is asked first, until it is told that nobody wants it."""
 
+    told = False
+
     def execute(self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None) -> Sequence[Result]:
         if not self.batches:
             assert unwanted is not None
             told = threading.Event()
             unwanted.watch(told.set)
             super().execute(batch)
-            assert told.wait(LIMIT_S)
+            self.told = told.wait(LIMIT_S)
             raise RuntimeError("terminated")
         return super().execute(batch)
 
@@ -174,7 +204,7 @@ def test_an_inline_run_that_lasts_too_long_goes_to_its_worker_and_is_the_last_on
         given = [follow(made, "a", flags)[1] if pinned else submit(made)[1] for flags in ("S", "E")]
         assert [answers.values() for answers in given] == [[3], [3]]
         assert (made.inline_bytes, made.drain(LIMIT_S)) == (-1, True)
-    assert len(instance.batches) == 3
+    assert (instance.told, len(instance.batches)) == (True, 3)
     assert instance.threads[0] == threading.get_ident()
     assert threading.get_ident() not in instance.threads[1:]
     assert len(ledger.times) == 2
@@ -272,6 +302,51 @@ def test_what_falls_due_together_runs_together_though_one_worker_kept_the_time()
             instance.gate.set()
         for answer in answers:
             answer.one()
+
+
+class Together(Fifo):
+    """Lets nothing leave before two wait, and then one at a time. `looked` counts the workers that got nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._due = False
+        self.looked = threading.Semaphore(0)
+
+    def add(self, pending: Pending, now_ns: int) -> None:
+        super().add(pending, now_ns)
+        self._due = len(self) == 2
+
+    def take(self, now_ns: int) -> list[Pending]:
+        return super().take(now_ns) if self._due else []
+
+    def wake_at(self, now_ns: int) -> int | None:
+        if not self._due:
+            self.looked.release()
+        return super().wake_at(now_ns) if self._due else None
+
+
+def test_no_instance_idles_while_there_is_more_to_run() -> None:
+    instances = [GatedInstance(), GatedInstance()]
+    with crew(*instances, scheduler=Together()) as made:
+        answers = [submit(made)[1] for _ in instances]  # one worker is woken, by the second
+        for instance in instances:
+            instance.wait_begun()
+        for instance in instances:
+            instance.gate.set()
+        for answer in answers:
+            answer.one()
+
+
+def test_a_request_that_makes_others_due_goes_with_them_to_the_worker() -> None:
+    instance, scheduler = EchoInstance(), Together()
+    with crew(instance, scheduler=scheduler) as made:
+        made.allow_inline(4)
+        assert scheduler.looked.acquire(timeout=LIMIT_S)  # the worker sleeps
+        answers = [submit(made, id=id)[1] for id in "ab"]
+        for answer in answers:
+            answer.one()
+    assert instance.batches == [["a"], ["b"]]
+    assert threading.get_ident() not in instance.threads
 
 
 def test_a_request_that_cannot_be_queued_leaves_the_worker_idle() -> None:
@@ -398,6 +473,18 @@ def test_a_request_past_its_deadline_never_runs(inline: bool) -> None:
     assert instance.batches == [["next"]]
 
 
+def test_what_was_answered_is_let_go_of_long_before_its_deadline() -> None:
+    answered = []
+    with crew(EchoInstance()) as made:
+        for _ in range(200):
+            one, answers = submit(made, deadline_ns=time.monotonic_ns() + 10**15)
+            answers.one()
+            answered.append(weakref.ref(one.request.inputs["X"].array))
+        del one, answers
+        gc.collect()
+        assert sum(array() is not None for array in answered) <= 70
+
+
 def test_those_of_a_batch_that_nobody_wants_do_not_run_with_it() -> None:
     class CancelledOnTheWay(Pairs):
         def take(self, now_ns: int) -> list[Pending]:
@@ -442,15 +529,16 @@ class Told(GatedInstance):
         return super().execute(batch)
 
 
-def test_a_run_is_told_once_no_request_of_its_batch_is_wanted() -> None:
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_a_run_is_told_once_no_request_of_its_batch_is_wanted(leaves: int) -> None:
     instance = Told()
     with crew(instance, scheduler=Pairs()) as made:
-        first, second = submit(made)[0], submit(made)[0]
+        both = [submit(made)[0], submit(made)[0]]
         instance.wait_begun()
         assert instance.unwanted is not None
-        second.cancel(GONE)
+        both[leaves].cancel(GONE)
         assert not instance.unwanted
-        first.cancel(GONE)
+        both[1 - leaves].cancel(GONE)
         assert instance.unwanted
         instance.gate.set()
 
@@ -471,6 +559,19 @@ def test_what_ends_early_because_nobody_wants_it_is_answered_with_the_reason() -
     assert len(pairs) == 0
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_wait_for_a_fuller_batch_takes_a_free_instance_and_a_request(hours: int) -> None:
+    hour_ns = 3_600 * 10**9
+    ledger = Ledger()
+    with crew(EchoInstance(), ledger=ledger) as made:
+        one = pending(request(), answers := Answers())
+        one.arrived_ns += hours * hour_ns
+        made.submit(one, 4)
+        answers.one()
+    [times] = ledger.times
+    assert times.gathered_ns < hour_ns if hours < 0 else times.gathered_ns == 0
+
+
 def test_draining_refuses_what_is_new_and_finishes_what_was_accepted() -> None:
     instance = GatedInstance()
     with crew(instance) as made:
@@ -479,6 +580,8 @@ def test_draining_refuses_what_is_new_and_finishes_what_was_accepted() -> None:
         assert not made.drain(0)
         with pytest.raises(ServingError) as caught:
             submit(made, id="x")
+        with pytest.raises(ServingError, match="Server is stopping"):
+            made.submit_all([pending(), pending()])
         instance.gate.set()
         assert made.drain(LIMIT_S)
         assert [answers.ended for answers in accepted] == [1, 1, 1]
@@ -529,6 +632,44 @@ def test_instances_of_two_crews_that_share_a_resource_run_one_after_the_other() 
         assert made.drain(LIMIT_S)
         made.close()
     assert len(second.batches) == 2
+
+
+def test_an_instance_of_priority_2_runs_half_as_often_while_both_have_work() -> None:
+    limiter = RateLimiter({})
+    order: list[str] = []
+
+    def noting(name: str) -> ScriptedInstance:
+        def script(batch: Sequence[InferRequest]) -> Sequence[Result]:
+            order.append(name)
+            return [EchoInstance().answer(sent) for sent in batch]
+
+        return ScriptedInstance(script)
+
+    held = limiter.enter("cuda:0", SHARED[0], lambda: None)
+    assert limiter.take(held)
+    crews = [
+        Crew(name, Fifo(), [noting(name)], Ledger().finish, Ledger().withdraw, limiter, [limit])
+        for name, limit in (("a", SHARED[0]), ("b", replace(SHARED[0], priority=2)))
+    ]
+    given = [submit(made)[1] for made in crews for _ in range(20)]
+    limit_s = time.monotonic() + LIMIT_S
+    while sum(turn.waits for turn in limiter._turns) < len(crews):
+        assert time.monotonic() < limit_s
+    limiter.give_back(held, ran=False)
+    for answers in given:
+        answers.one()
+    for made in crews:
+        assert made.drain(LIMIT_S)
+        made.close()
+    assert abs(order[:24].count("a") - 16) <= 1
+
+
+def test_a_crew_that_has_closed_takes_part_no_more() -> None:
+    limiter = RateLimiter({})
+    more = [RateLimit((Resource("R", 2),))]
+    Crew("m", Fifo(), [EchoInstance()], Ledger().finish, Ledger().withdraw, limiter, more).close()
+    first, second = (limiter.enter("cpu", RateLimit((Resource("R", 1),)), lambda: None) for _ in range(2))
+    assert (limiter.take(first), limiter.take(second)) == (True, False)
 
 
 def test_a_limited_crew_closes_while_others_have_all_there_is() -> None:
@@ -872,6 +1013,42 @@ def test_cancelling_a_request_cancels_what_waits_of_its_sequence_and_frees_its_s
         other.one()
     assert instance.batches == [["aS"], ["bSE"]]
     assert [reason.kind for reason in ledger.withdrawn] == [Kind.CANCELLED, Kind.CANCELLED]
+
+
+class Watched(Sequencer):
+    """Says how many requests wait when a worker looks."""
+
+    def __init__(self, policy: SequencePolicy) -> None:
+        super().__init__(policy, 1, dict.fromkeys(DEPARTURES, 0))
+        self.seen = 0
+        self.looked = threading.Condition()
+
+    def settle(self, now_ns: int) -> None:
+        super().settle(now_ns)
+        if threading.current_thread() is not threading.main_thread():
+            with self.looked:
+                self.seen = len(self)
+                self.looked.notify()
+
+
+def test_who_gets_the_slot_of_a_cancelled_sequence_runs_though_the_instance_sleeps() -> None:
+    hour_ns = 3_600 * 10**9
+    instance = EchoInstance()
+    watched = Watched(SequencePolicy("m", 2, 2, True, 10 * hour_ns, delay_ns=hour_ns, utilization=1))
+    with crew(instance, scheduler=watched) as made:
+        for answers in [follow(made, flow, "S")[1] for flow in "ab"]:
+            answers.one()
+        watched.seen = 0
+        late = pending(request(id="cSE"), answers := Answers())
+        late.request.sequence = messages.Sequence("c", True, True)
+        late.arrived_ns -= hour_ns
+        made.submit(late, 4)
+        waits, _ = follow(made, "a")
+        with watched.looked:
+            assert watched.looked.wait_for(lambda: watched.seen == 2, LIMIT_S)
+        waits.cancel(GONE)  # for which the instance would have slept an hour
+        answers.one()
+    assert instance.batches == [["aS", "bS"], ["cSE"]]
 
 
 def test_a_client_that_leaves_a_running_request_leaves_its_sequence() -> None:

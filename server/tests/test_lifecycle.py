@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,26 @@ def test_a_model_is_loading_until_it_serves(server: Server) -> None:
     loading.join(LIMIT_S)
     assert server.ask("m") == [2]
     assert server.lifecycle.is_ready()
+
+
+def test_a_model_is_loading_until_every_instance_has_warmed_up(server: Server) -> None:
+    server.lifecycle.start()
+    sample = 'inputs { key: "X" value { data_type: TYPE_FP32 dims: 1 zero_data: true } }'
+    warmup = f'model_warmup {{ name: "w" batch_size: 1 {sample} }}'
+    server.put("m", "gated 2", config=f"{warmup} instance_group {{ count: 2 kind: KIND_CPU }}")
+    loading = threading.Thread(target=server.lifecycle.load, args=("m",))
+    loading.start()
+    limit_s = time.monotonic() + LIMIT_S
+    while len(server.runtime.instances) < 2:
+        assert time.monotonic() < limit_s
+    for instance in server.runtime.instances:
+        assert isinstance(instance, GatedInstance)
+        instance.wait_begun()
+        assert server.states() == [("m", 1, State.LOADING, "")]
+        instance.gate.set()
+    loading.join(LIMIT_S)
+    assert server.ask("m") == [2]
+    assert server.lifecycle.get("m").statistics.execution_count == 1
 
 
 def test_a_reload_serves_the_old_until_the_new_is_there(server: Server) -> None:

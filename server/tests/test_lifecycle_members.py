@@ -78,6 +78,17 @@ def test_a_member_in_no_repository_is_named(server: Server) -> None:
     assert not server.lifecycle.knows("b")
 
 
+def test_a_member_in_two_repositories_is_named(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    made = Server(one, model_repository=(str(one), str(two)))
+    made.put("a", config=calling("b"))
+    made.put("b")
+    (two / "b" / "1").mkdir(parents=True)
+    made.lifecycle.start()
+    assert made.lifecycle.failures()["a"] == "ensemble a contains models that are not available or ambiguous: b"
+    assert made.lifecycle.stop(LIMIT_S)
+
+
 def test_it_serves_once_a_missing_member_does(server: Server) -> None:
     server.put("a", config=calling("b"))
     refused(lambda: server.lifecycle.load("a"))

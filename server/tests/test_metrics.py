@@ -6,17 +6,19 @@ import time
 from pathlib import Path
 
 import pytest
-from penstock import control, gpu_metrics
+from penstock import control, gpu_metrics, pb
 from penstock.batching import DEPARTURES
+from penstock.cache import ENTRY_BYTES
 from penstock.engine import Engine
 from penstock.job_api import metrics as job_metrics
 from penstock.messages import Sequence
 from penstock.metrics import CACHE_GAUGES, FAMILIES, render
 from penstock.process_metrics import ProcessMetrics
+from penstock.runtime import Host, Instance, ModelFiles, Placement
 from penstock.settings import Settings
-from penstock.statistics import Execution
+from penstock.statistics import Duration, Execution, Padded, Recent
 
-from .fakes import LIMIT_S, Answers, FakeRuntime, request
+from .fakes import LIMIT_S, Answers, EchoInstance, FakeRuntime, GatedInstance, request
 
 NAMES = [
     "nv_inference_request_success",
@@ -93,6 +95,93 @@ def test_durations_are_whole_microseconds(tmp_path: Path) -> None:
     assert 'nv_inference_request_success{model="a",version="1"} 1\n' in text
 
 
+def test_every_count_is_told_under_its_name(tmp_path: Path) -> None:
+    made = engine(tmp_path, "a")
+    served = made.model("a")
+    counts = served.statistics
+    counts.inference_count, counts.execution_count = 1, 2
+    counts.success, counts.queue = Duration(3, 13_999), Duration(4, 14_999)
+    counts.compute_input, counts.compute_infer = Duration(5, 15_999), Duration(6, 16_999)
+    counts.compute_output = Duration(7, 17_999)
+    counts.padded = (Padded(data=20, padding=2), Padded(data=1, padding=1))
+    counts.histograms.gathered.add(8 * 10**9)
+    counts.histograms.rows.add(9)
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    told = dict(re.findall(r'^(\w+)\{model="a",version="1"\} (\S+)$', text, re.MULTILINE))
+    expected = {
+        "nv_inference_count": 1,
+        "nv_inference_exec_count": 2,
+        "nv_inference_request_success": 3,
+        "nv_inference_request_duration_us": 13,
+        "nv_inference_queue_duration_us": 14,
+        "nv_inference_compute_input_duration_us": 15,
+        "nv_inference_compute_infer_duration_us": 16,
+        "nv_inference_compute_output_duration_us": 17,
+        "nv_model_load_duration_secs": served.load_s,
+        "penstock_batch_wait_seconds_sum": 8,
+        "penstock_batch_rows_sum": 9,
+    }
+    assert {name: float(told[name]) for name in expected} == expected
+    assert served.load_s > 0
+    assert re.findall(r"^penstock_padded_elements_total(.*)$", text, re.MULTILINE) == [
+        '{model="a",of="data",version="1"} 21',
+        '{model="a",of="padding",version="1"} 3',
+    ]
+
+
+def test_what_waits_and_what_runs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_text("gated 1")
+    runtime = FakeRuntime()
+    made = Engine(Settings(model_repository=(str(tmp_path),), device="cpu"), runtime.find)
+    made.lifecycle.start()
+    instances = [instance for instance in runtime.instances if isinstance(instance, GatedInstance)]
+    sent = [Answers() for _ in range(len(instances) + 3)]
+    for answers in sent:
+        made.submit(made.model("a"), request(), answers)
+    for instance in instances:
+        instance.wait_begun()
+    busy = render(made).decode()
+    for instance in instances:
+        instance.gate.set()
+    for answers in sent:
+        answers.one()
+    assert made.lifecycle.stop(LIMIT_S)
+    assert 'nv_inference_pending_request_count{model="a",version="1"} 3\n' in busy
+    assert f'penstock_running_requests{{model="a",version="1"}} {len(instances)}\n' in busy
+
+
+class Measuring(FakeRuntime):
+    """Its instances know what memory is theirs: so many bytes as their file says."""
+
+    def open(self, files: ModelFiles, config: pb.ModelConfig, place: Placement, host: Host | None) -> Instance:
+        return Weighed(int(files.file(config.default_model_filename or "model.txt").read_text()))
+
+
+class Weighed(EchoInstance):
+    def __init__(self, weight_bytes: int) -> None:
+        super().__init__()
+        self._weight_bytes = weight_bytes
+
+    def memory_bytes(self) -> int:
+        return self._weight_bytes
+
+
+def test_memory_is_told_where_it_is_known(tmp_path: Path) -> None:
+    for name, weight in (("heavy", "123"), ("unknown", "0")):
+        (tmp_path / f"{name}.onnx").write_text(weight)
+    made = Engine(Settings(model_repository=(str(tmp_path),), device="cpu"), Measuring().find)
+    made.lifecycle.start()
+    text = render(made).decode()
+    memory = {entry["name"]: entry["memory_usage"] for entry in control.model_statistics(made, {})["model_stats"]}
+    total = made.model("heavy").workers * 123
+    assert made.lifecycle.stop(LIMIT_S)
+    assert re.findall(r"^penstock_model_memory_bytes(.*)$", text, re.MULTILINE) == [
+        f'{{model="heavy",version="1"}} {total}'
+    ]
+    assert memory == {"heavy": [{"type": "CPU", "id": 0, "byte_size": total}], "unknown": []}
+
+
 def test_families_can_be_switched(tmp_path: Path) -> None:
     switched = ("counter_latencies=false", "histogram_latencies=true")
     made = engine(tmp_path, "a", metrics_config=switched)
@@ -114,15 +203,17 @@ def test_summaries_are_told_where_they_are_asked_for(tmp_path: Path) -> None:
     empty = render(made).decode()
     now_ns = time.monotonic_ns()
     for us in range(1, 101):
-        counts.executed([now_ns - us * 1000], 1, Execution(0, 7000, 0, now_ns, now_ns + 7000))
+        counts.executed([now_ns - us * 1000], 1, Execution(2000, 7000, 3000, now_ns, now_ns + 12_000))
     text = render(made).decode()
     assert made.lifecycle.stop(LIMIT_S)
     assert 'nv_inference_queue_summary_us{model="a",version="1",quantile="0.5"} NaN\n' in empty
     assert "# TYPE nv_inference_queue_summary_us summary\n" in text
     for quantile, us in (("0.5", 51), ("0.9", 91)):
         assert f'nv_inference_queue_summary_us{{model="a",version="1",quantile="{quantile}"}} {us}\n' in text
-        assert f'nv_inference_request_summary_us{{model="a",version="1",quantile="{quantile}"}} {us + 7}\n' in text
-        assert f'nv_inference_compute_infer_summary_us{{model="a",version="1",quantile="{quantile}"}} 7\n' in text
+        assert f'nv_inference_request_summary_us{{model="a",version="1",quantile="{quantile}"}} {us + 12}\n' in text
+        for phase, took_us in (("input", 2), ("infer", 7), ("output", 3)):
+            name = f"nv_inference_compute_{phase}_summary_us"
+            assert f'{name}{{model="a",version="1",quantile="{quantile}"}} {took_us}\n' in text
     assert 'nv_inference_queue_summary_us_sum{model="a",version="1"} 5050\n' in text
     assert 'nv_inference_queue_summary_us_count{model="a",version="1"} 100\n' in text
     assert "nv_cache_hit_summary_per_model" not in text
@@ -248,6 +339,47 @@ def test_a_cache_is_shown_though_it_is_empty(tmp_path: Path) -> None:
     text = render(Engine(settings, FakeRuntime().find)).decode()
     assert "\nnv_cache_util 0.0\n" in text
     assert "\nnv_cache_num_entries 0\n" in text
+
+
+def test_the_cache_is_told_as_a_whole_and_for_each_model_that_uses_it(tmp_path: Path) -> None:
+    configured(tmp_path, "kept", "response_cache { enable: true }")
+    configured(tmp_path, "plain", "")
+    options = ("summary_latencies=true", "summary_quantiles=0.5:0.05")
+    size = 2 * (ENTRY_BYTES + 4)
+    settings = Settings(
+        model_repository=(str(tmp_path),), device="cpu", cache_config=f"local,size={size}", metrics_config=options
+    )
+    made = Engine(settings, FakeRuntime().find)
+    made.lifecycle.start()
+    for value in (1, 2, 3, 3):
+        made.submit(made.model("kept"), request(value), answers := Answers())
+        answers.one()
+    counts, kept = made.model("kept").statistics, made.lifecycle.cache
+    assert kept is not None
+    counts.cache_hit.ns, kept.counts.lookup.ns, kept.counts.insertion.ns = 7_999, 8_999, 9_999
+    assert counts.summaries is not None
+    counts.summaries.cache_hit = Recent()
+    counts.summaries.cache_hit.add(6_999, time.monotonic_ns())
+    text = render(made).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    told = dict(re.findall(r"^nv_cache_(\w+) (\S+)$", text, re.MULTILINE))
+    assert told == {
+        "util": "1.0", "num_entries": "2", "num_hits": "1", "num_misses": "3", "num_lookups": "4",
+        "num_evictions": "1", "lookup_duration": "8", "insertion_duration": "9",
+    }  # fmt: skip
+    per_model = dict(re.findall(r'^nv_cache_(\w+_per_model)\{model="kept",version="1"\} (\d+)$', text, re.MULTILINE))
+    assert (per_model["num_hits_per_model"], per_model["num_misses_per_model"]) == ("1", "3")
+    assert (per_model["hit_duration_per_model"], int(per_model["miss_duration_per_model"]) > 0) == ("7", True)
+    assert re.findall(r'^nv_cache_\w+\{model="plain"', text, re.MULTILINE) == []
+    counted = dict(re.findall(r'^(nv_\w+_summary_\w+_count)\{model="kept",version="1"\} (\d+)$', text, re.MULTILINE))
+    # Triton shows no request summary of a model that uses the cache.
+    assert "nv_inference_request_summary_us_count" not in counted
+    assert (counted["nv_inference_queue_summary_us_count"], counted["nv_cache_hit_summary_per_model_count"]) == (
+        "4",
+        "1",
+    )
+    assert 'nv_cache_hit_summary_per_model{model="kept",version="1",quantile="0.5"} 6\n' in text
+    assert 'nv_inference_request_summary_us{model="plain",version="1",quantile="0.5"} NaN\n' in text
 
 
 def test_labels_are_escaped(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from penstock.instances import INLINE_LIMIT_NS
 from penstock.members import Called
 from penstock.messages import InferRequest, InferResponse, Phases, RequestedOutput
 from penstock.model import INLINE_CALLS, PROBE_BYTES, Model
-from penstock.rate import RateLimiter
+from penstock.rate import RateLimiter, parse
 from penstock.runtime import Cancelled, Credit, Reply
 from penstock.statistics import Duration, Padded
 from penstock.tensor import BYTES, FP32, Tensor, objects
@@ -468,6 +468,25 @@ def test_a_request_whose_time_in_the_queue_is_over_is_refused_while_the_instance
     assert (made.statistics.failures["REJECTED"], made.statistics.fail.count) == (1, 1)
 
 
+def test_a_deadline_ends_what_runs_though_its_time_in_the_queue_was_over_before() -> None:
+    instance = GatedInstance()
+    policy = "default_queue_policy { default_timeout_microseconds: 400000 }"
+    made = model(instance, config=configuration(BATCHES % policy))
+    sent = matrix(1)
+    sent.deadline_ns = time.monotonic_ns() + 500_000_000
+    one = pending(sent, answers := Answers())
+    told = threading.Event()
+    one.cancelled.watch(told.set)
+    made.submit(one)
+    instance.wait_begun()
+    assert told.wait(LIMIT_S)
+    assert one.cancelled.reason is not None
+    assert one.cancelled.reason.kind is Kind.DEADLINE
+    instance.gate.set()
+    answers.one()
+    close(made)
+
+
 def test_answers_leave_in_order_where_that_is_asked_for() -> None:
     first, second = GatedInstance(), GatedInstance()
     second.begun = first.begun
@@ -486,6 +505,22 @@ def test_answers_leave_in_order_where_that_is_asked_for() -> None:
     second.gate.set()
     slow.one()
     fast.one()
+    close(made)
+
+
+def test_a_refused_request_holds_up_no_other_where_answers_leave_in_order() -> None:
+    instance = GatedInstance()
+    policy = "preserve_ordering: true default_queue_policy { max_queue_size: 1 }"
+    made = model(instance, config=configuration(BATCHES % policy))
+    accepted = [ask(made, matrix(1))]
+    instance.wait_begun()
+    accepted.append(ask(made, matrix(1)))
+    with pytest.raises(ServingError, match="Exceeds maximum queue size"):
+        ask(made, matrix(1))
+    instance.gate.set()
+    for answers in accepted:
+        answers.one()
+    ask(made, matrix(1)).one()
     close(made)
 
 
@@ -572,6 +607,9 @@ def test_an_equal_request_is_answered_from_the_cache_and_counted_as_a_hit() -> N
     counts = made.statistics
     assert (counts.cache_hit.count, counts.cache_miss.count, counts.success.count) == (1, 1, 2)
     assert (counts.queue.count, counts.compute_infer.count, counts.inference_count) == (2, 1, 1)
+    seen = counts.histograms
+    assert [sum(histogram.counts) for histogram in (seen.request, seen.queue, seen.first_response)] == [2, 2, 2]
+    assert sum(seen.compute_infer.counts) == 1
 
 
 def test_a_failure_is_not_kept() -> None:
@@ -602,7 +640,10 @@ def test_a_version_that_is_loaded_anew_answers_anew() -> None:
     for scale in (2, 3):
         made = Model(loaded(config), [EchoInstance(scale)], kept)
         answers.append(ask(made, request(1)).values())
-        close(made)
+        assert made.drain(LIMIT_S)
+        with pytest.raises(ServingError, match="Server is stopping"):  # so that it goes to the one that came instead
+            ask(made, request(1))
+        made.close()
     assert answers == [[2], [3]]
 
 
@@ -657,6 +698,7 @@ def test_what_a_model_that_answers_later_tells_of_its_phases_is_counted() -> Non
     assert counts.batches[1].compute_output == Duration(1, 500)
     assert ask(made, request(1)).values() == [1]
     close(made)
+    counts = made.statistics
     assert (counts.compute_input, counts.compute_output) == (Duration(2, 3), Duration(2, 500))
     # Of one that tells nothing, all the time until its answer was in the model.
     assert counts.compute_infer == Duration(2, 40 + counts.success.ns - counts.queue.ns - told)
@@ -673,6 +715,20 @@ def test_a_failure_of_a_step_is_no_failure_of_a_backend_of_the_ensemble() -> Non
     close(member)
     assert [name for name, number in made.statistics.failures.items() if number] == ["OTHER"]
     assert [name for name, number in member.statistics.failures.items() if number] == ["BACKEND"]
+
+
+def test_each_instance_is_limited_as_its_group_says() -> None:
+    def group(kind: str, count: int) -> str:
+        resource = f'rate_limiter {{ resources {{ name: "R" count: {count} }} }}'
+        return f"instance_group {{ count: 1 {kind} {resource} }}"
+
+    config = configuration(PLAIN + group("kind: KIND_CPU passive: true", 9) + group("kind: KIND_GPU gpus: [ 0, 1 ]", 2))
+    devices = ("cuda:0", "cuda:1")
+    limiter = RateLimiter(parse(["R:2"]))
+    made = Model(loaded(config), [EchoInstance(device=device) for device in devices], None, limiter)
+    close(made)
+    with pytest.raises(ServingError, match="the minimum required count is 2"):
+        Model(loaded(config), [EchoInstance(device=device) for device in devices], None, RateLimiter(parse(["R:1"])))
 
 
 def test_an_ensemble_takes_no_part_in_limiting_rates() -> None:

@@ -19,6 +19,8 @@ from penstock.model_config import (
     InstanceGroup,
     Padding,
     QueuePolicy,
+    RateLimit,
+    Resource,
     SequencePolicy,
     State,
     Support,
@@ -866,6 +868,15 @@ def test_instance_groups_are_plain_records() -> None:
     ) == (
         InstanceGroup("m_0", "KIND_GPU", 3, (0, 1)),
         InstanceGroup("m_1", "KIND_CPU", 1, ()),
+    )
+    limited = """
+        name: "m" instance_group {
+          name: "g" kind: KIND_CPU count: 1 passive: true
+          rate_limiter { priority: 2 resources { name: "R" count: 4 } resources { name: "S" count: 1 global: true } }
+        }
+    """
+    assert instance_groups(parsed(limited)) == (
+        InstanceGroup("g", "KIND_CPU", 1, (), True, RateLimit((Resource("R", 4), Resource("S", 1, True)), 2)),
     )
 
 

@@ -431,7 +431,8 @@ def test_a_request_has_what_its_json_says() -> None:
     decoded = decode(body)
     assert decoded.forms == Forms(default=True, named={"Y": False, "Z": True})
     made = decoded.admitted(signature(), "4")
-    assert (made.model, made.version, made.id, made.priority, made.rows) == ("m", "4", "seven", 2, 1)
+    assert (made.model, made.version, made.id, made.rows) == ("m", "4", "seven", 1)
+    assert (made.priority, made.timeout_us) == (2, 1000)
     assert made.sequence == Sequence(5, False, True)
     assert made.outputs == {"Y": RequestedOutput("Y", 3), "Z": RequestedOutput("Z")}
     assert made.parameters == {"text": "t", "flag": False, "number": -3, "fraction": 0.5, "huge": 2.0**63}

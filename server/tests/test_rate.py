@@ -95,6 +95,22 @@ def test_priority_2_has_half_as_many_turns_as_priority_1() -> None:
     assert abs(runs["one"] - 200) <= 2
 
 
+def test_a_newcomer_has_no_turns_to_make_up_for() -> None:
+    bench = Bench("R:1")
+    first = bench.enter("a", r(1))
+    for _ in range(10):
+        assert bench.limiter.take(first)
+        bench.limiter.give_back(first, ran=True)
+    second = bench.enter("b", r(1))
+    assert (bench.limiter.take(first), bench.limiter.take(second)) == (True, False)
+    ran = ""
+    for _ in range(4):
+        name, turn = next((name, turn) for name, turn in (("a", first), ("b", second)) if turn.granted)
+        ran += name
+        bench.limiter.give_back(turn, ran=True, again=True)
+    assert ran == "abab"
+
+
 def test_a_turn_that_was_not_used_does_not_count() -> None:
     bench = Bench("R:1")
     first = bench.enter("a", r(1), priority=9)

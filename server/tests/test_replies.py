@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from penstock.errors import Kind, ServingError
-from penstock.messages import InferRequest, InferResponse
+from penstock.messages import InferRequest, InferResponse, RequestedOutput
 from penstock.queueing import Pending
 from penstock.replies import InOrder, Whole
 from penstock.runtime import Credit
@@ -78,7 +78,7 @@ def whole(rows: int, most: int) -> tuple[Whole, Pending]:
     array = np.arange(rows * 2, dtype=np.float32).reshape(rows, 2)
     text = objects([str(number).encode() for number in range(rows)], [rows, 1])
     inputs = {"X": Tensor("X", FP32, array), "T": Tensor("T", BYTES, text)}
-    one = pending(InferRequest("m", "", "7", inputs, {}, {"a": 1}, 2, 99, 5, rows=rows))
+    one = pending(InferRequest("m", "", "7", inputs, {"Y": RequestedOutput("Y")}, {"a": 1}, 2, 99, 5, rows=rows))
     return Whole(one, most), one
 
 
@@ -95,6 +95,7 @@ def test_a_request_is_cut_into_parts_over_the_same_memory() -> None:
     for part in made.parts:
         sent = part.request
         assert (sent.id, sent.parameters, sent.priority, sent.deadline_ns, sent.timeout_us) == ("7", {"a": 1}, 2, 99, 5)
+        assert sent.outputs == {"Y": RequestedOutput("Y")}
 
 
 def test_the_answer_comes_with_the_last_part_and_has_the_rows_in_order() -> None:

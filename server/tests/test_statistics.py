@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections import Counter
 
-from penstock.statistics import MS, Duration, Execution, Histogram, Recent, Statistics, Summaries
+import numpy as np
+from penstock.statistics import FOLDED, MS, Duration, Execution, Histogram, Recent, Statistics, Summaries
 
 TIMES = Execution(input_ns=10, infer_ns=100, output_ns=40, started_ns=1000, ended_ns=1150)
 
@@ -17,6 +19,7 @@ def test_a_new_version_has_counted_nothing() -> None:
 def test_an_execution_is_split_into_its_phases() -> None:
     counts = Statistics()
     counts.executed([900], 3, TIMES)
+    counts.fold()
     assert (counts.inference_count, counts.execution_count) == (3, 1)
     assert (counts.success, counts.queue) == (Duration(1, 250), Duration(1, 100))
     assert (counts.compute_input, counts.compute_infer, counts.compute_output) == (
@@ -24,12 +27,27 @@ def test_an_execution_is_split_into_its_phases() -> None:
         Duration(1, 100),
         Duration(1, 40),
     )
-    assert counts.last_inference_ms > 1_600_000_000_000
+    executions = counts.batches[3]
+    assert (executions.compute_input, executions.compute_infer, executions.compute_output) == (
+        Duration(1, 10),
+        Duration(1, 100),
+        Duration(1, 40),
+    )
+
+
+def test_the_last_inference_was_when_it_ended_and_not_when_it_was_counted() -> None:
+    counts = Statistics()
+    ended_ns = time.monotonic_ns() - 10_000 * MS
+    for ago_ms in (0, 50):
+        counts.executed([0], 1, Execution(1, 1, 1, 0, ended_ns - ago_ms * MS))
+    counts.fold()
+    assert abs(time.time() - 10 - counts.last_inference_ms / 1000) < 5
 
 
 def test_every_request_of_a_batch_adds_the_whole_computation() -> None:
     counts = Statistics()
     counts.executed([900, 950], 3, TIMES)
+    counts.fold()
     assert (counts.inference_count, counts.execution_count) == (3, 1)
     assert (counts.success, counts.queue) == (Duration(2, 250 + 200), Duration(2, 100 + 50))
     assert counts.compute_infer == Duration(2, 200)
@@ -40,6 +58,7 @@ def test_batch_sizes_are_counted_apart() -> None:
     counts = Statistics()
     for rows in (1, 1, 2):
         counts.executed([900], rows, TIMES)
+    counts.fold()
     assert {size: batch.compute_output for size, batch in counts.batches.items()} == {
         1: Duration(2, 80),
         2: Duration(1, 40),
@@ -51,8 +70,10 @@ def test_a_part_of_a_request_has_rows_and_the_request_the_phases_of_all() -> Non
     counts = Statistics()
     counts.executed([], 8, TIMES)
     counts.executed([], 3, Execution(5, 50, 20, 1200, 1275))
+    counts.fold()
     assert (counts.inference_count, counts.execution_count, counts.success) == (11, 2, Duration())
     counts.joined(900, Execution(15, 150, 60, 1000, 1275))
+    counts.fold()
     assert (counts.inference_count, counts.execution_count) == (11, 2)
     assert (counts.success, counts.queue) == (Duration(1, 375), Duration(1, 100))
     assert [counts.compute_input, counts.compute_infer, counts.compute_output] == [
@@ -70,17 +91,48 @@ def test_a_value_belongs_to_the_first_bound_that_it_does_not_exceed() -> None:
     histogram = Histogram([10, 20])
     for value in (0, 10, 11, 20, 21):
         histogram.add(value)
-    histogram.add(15, times=2)
-    assert (histogram.counts, histogram.total) == ([2, 4, 1], 62 + 30)
+    assert (histogram.counts, histogram.total) == ([2, 2, 1], 62)
+    histogram.add_all(np.array([0, 10, 11, 20, 21]))
+    assert (histogram.counts, histogram.total) == ([4, 4, 2], 124)
 
 
 def test_every_request_is_seen_in_each_histogram_and_an_execution_in_that_of_rows() -> None:
     counts = Statistics()
     counts.executed([900, 950], 3, TIMES)
+    counts.fold()
     seen = counts.histograms
     assert (seen.request.total, seen.queue.total) == (250 + 200, 100 + 50)
     assert (seen.compute_input.total, seen.compute_infer.total, seen.compute_output.total) == (20, 200, 80)
     assert (seen.rows.total, sum(seen.rows.counts)) == (3, 1)
+
+
+def test_what_is_not_read_is_counted_all_the_same() -> None:
+    counts = Statistics()
+    for _ in range(FOLDED):
+        counts.executed([900], 3, TIMES)
+    assert (counts.success, counts.execution_count) == (Duration(FOLDED, 250 * FOLDED), FOLDED)
+    counts.executed([900], 3, TIMES)
+    assert counts.execution_count == FOLDED
+    counts.fold()
+    assert counts.execution_count == FOLDED + 1
+
+
+def test_every_request_of_a_batch_is_in_the_bucket_of_its_time() -> None:
+    counts = Statistics()
+    counts.executed([0, 2 * MS], 2, Execution(3 * MS, 30 * MS, 300 * MS, 2 * MS, 335 * MS))
+    counts.fold()
+    seen = counts.histograms
+    buckets = {
+        "request": (500, 500),
+        "queue": (0.1, 2.5),
+        "compute_input": (5, 5),
+        "compute_infer": (50, 50),
+        "compute_output": (500, 500),
+    }
+    for name, bounds_ms in buckets.items():
+        histogram: Histogram = getattr(seen, name)
+        filled = {bound / MS: number for bound, number in zip(histogram.bounds, histogram.counts, strict=False)}
+        assert {bound: number for bound, number in filled.items() if number} == Counter(bounds_ms), name
 
 
 def test_a_request_that_never_ran_is_counted_by_its_reason() -> None:
@@ -95,6 +147,7 @@ def test_the_wait_for_a_fuller_batch_is_counted_once_for_each_execution() -> Non
     counts = Statistics()
     for gathered_ns in (0, 3_000_000):
         counts.executed([900, 950], 2, Execution(10, 100, 40, 1000, 1150, gathered_ns))
+    counts.fold()
     assert (sum(counts.histograms.gathered.counts), counts.histograms.gathered.total) == (2, 3_000_000)
 
 
@@ -122,12 +175,14 @@ def test_responses_are_counted_by_their_place() -> None:
 def test_the_first_response_is_the_first_and_not_the_last() -> None:
     counts = Statistics()
     counts.executed([0], 1, Execution(0, 700 * MS, 0, 0, 700 * MS + 999_999))
+    counts.fold()
     assert (counts.histograms.first_response.total, counts.histograms.first_response.counts) == (700, [0, 0, 1, 0, 0])
     counts = Statistics()
     counts.responded(0, 40 * MS, "success", 50 * MS)
     counts.responded(1, 600 * MS, "success", 650 * MS)
     counts.responded(2, 0, "empty_response", 650 * MS)
     counts.executed([0], 1, Execution(0, 640 * MS, 0, 10 * MS, 650 * MS))
+    counts.fold()
     assert (counts.histograms.first_response.total, counts.histograms.first_response.counts) == (50, [1, 0, 0, 0, 0])
     counts.responded(0, 5 * MS, "fail", 5 * MS)
     assert sum(counts.histograms.first_response.counts) == 1
@@ -136,6 +191,7 @@ def test_the_first_response_is_the_first_and_not_the_last() -> None:
 def test_a_miss_is_the_look_up_and_the_keeping_of_the_answer_together() -> None:
     counts = Statistics(summaries=Summaries((0.5,)))
     counts.executed([900], 1, TIMES)
+    counts.fold()
     counts.missed(lookup_ns=30, insertion_ns=7)
     assert counts.cache_miss == Duration(1, 37)
     assert counts.success == Duration(1, 250 + 7)  # the look-up lies between its arrival and its end
@@ -151,6 +207,21 @@ def test_a_hit_computes_nothing() -> None:
     assert (counts.cache_hit, counts.success, counts.queue) == (Duration(1, 20), Duration(1, 25), Duration(1, 5))
     assert (counts.inference_count, counts.execution_count, counts.last_inference_ms) == (0, 0, 0)
     assert counts.compute_input == counts.compute_infer == counts.compute_output == counts.cache_miss == Duration()
+
+
+def test_summaries_have_the_times_of_single_requests() -> None:
+    counts = Statistics(summaries=Summaries((0.5,)))
+    counts.executed([900, 950], 3, TIMES)
+    counts.fold()
+    kept = counts.summaries
+    assert kept is not None
+    phases = (kept.compute_input, kept.compute_infer, kept.compute_output)
+    assert [phase.at([0, 0.99], now_ns=1150) for phase in phases] == [[10, 10], [100, 100], [40, 40]]
+    assert (kept.request.at([0, 0.99], now_ns=1150), kept.queue.at([0, 0.99], now_ns=1150)) == ([200, 250], [50, 100])
+    counts = Statistics(summaries=(kept := Summaries((0.5,))))
+    counts.hit(lookup_ns=3, queue_ns=2)
+    now_ns = time.monotonic_ns()
+    assert [values.at([0.5], now_ns) for values in (kept.request, kept.queue, kept.cache_hit)] == [[5], [2], [3]]
 
 
 def test_quantiles_are_of_the_last_minute() -> None:

@@ -98,17 +98,11 @@ def _zeros(model: str, given: OnnxTensor) -> Array:
     return np.full(shape, "", object) if datatype is BYTES else np.zeros(shape, datatype.dtype)
 
 
-def batch_axis(found: OnnxSignature) -> str | None:
-    """The name that axis 0 of every input and output bears, if they all bear the same and it names a batch.
+def _named_axis(found: OnnxSignature) -> tuple[str | None, str]:
+    """The name that axis 0 of every input and output bears, if they all bear the same and it names a batch; and why.
 
     The rows of a sequence of maps bear no name in a file, and are taken for those of the other tensors.
     """
-    name, _ = _named_axis(found)
-    return name
-
-
-def _named_axis(found: OnnxSignature) -> tuple[str | None, str]:
-    """The name of the batch axis, or None; and why."""
     names: dict[int | str, str] = {}  # of axis 0, with the first tensor that bears it
     for what, given in found.tensors():
         if not given.maps:

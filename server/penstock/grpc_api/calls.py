@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Message = TypeVar("Message")
 
 OK = "OK"  # the status of a call that did not fail
 STOPPING = "GRPC server is shutting down and has stopped accepting new requests."
@@ -108,7 +109,10 @@ class Call:
 
     def find(self, key: str) -> str | bytes | None:
         """The first value of a key."""
-        return next((value for name, value in self.metadata if name == key), None)
+        for name, value in self.metadata:
+            if name == key:
+                return value
+        return None
 
     def gone(self) -> ServingError:
         """Why nobody waits for the answer any more: the deadline has passed, or else the client has cancelled."""
@@ -148,9 +152,10 @@ class Unary(Generic[Request, Answer]):
             visit.request_bytes = len(body)
             reply = partial(_noted, visit, reply)
         try:
-            door.admit(self.category, call, self.keyless)
-            finish = partial(self._finish, door.limit_bytes, call, reply)
-            return self.serve(door, decoded(self.decode, body), call, finish)
+            if door.guard is not None:
+                door.admit(self.category, call, self.keyless)
+            request: Any = body if self.decode is as_it_is else decoded(self.decode, body)
+            return self.serve(door, request, call, partial(self._finish, door.limit_bytes, call, reply))
         except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
             reply(failure(self.path, error, call.name))
             return None
@@ -162,13 +167,17 @@ class Unary(Generic[Request, Answer]):
         reply: Callable[[Encoded | ServingError], None],
         answer: Answer | ServingError,
     ) -> None:
-        reply(answer if isinstance(answer, ServingError) else self._encoded(answer, limit_bytes, call))
-
-    def _encoded(self, answer: Answer, limit_bytes: int, call: Call) -> Encoded | ServingError:
-        try:
-            return sized(self.encode(answer), limit_bytes)
-        except Exception as error:  # noqa: BLE001 - as above
-            return failure(self.path, error, call.name)
+        encoded: Encoded | ServingError
+        if isinstance(answer, ServingError):
+            encoded = answer
+        else:
+            try:
+                encoded = self.encode(answer)
+                if not isinstance(encoded, bytes) or len(encoded) > limit_bytes:
+                    sized(encoded, limit_bytes)
+            except Exception as error:  # noqa: BLE001 - as above
+                encoded = failure(self.path, error, call.name)
+        reply(encoded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +240,11 @@ def failure(path: str, error: BaseException, id: str) -> ServingError:
         return error
     logger.error("%s failed on request %s", path, plain(id or "<id_unknown>"), exc_info=error, extra=names(id))
     return ServingError(Kind.INTERNAL, f"{path} failed: {type(error).__name__}: {error}")
+
+
+def as_it_is(message: Message) -> Message:
+    """A request for inference is parsed where it must be, and otherwise cut up; answers of streams are bytes."""
+    return message
 
 
 def decoded(decode: Callable[[bytes], Request], body: Body) -> Request:

@@ -1,7 +1,6 @@
 """ModelInfer, and how the bytes of a message become a request. Protocol page gRPC, "ModelInfer"."""
 
 from collections.abc import Callable
-from typing import TypeVar
 
 from penstock import pb
 from penstock.access import new_id
@@ -13,18 +12,11 @@ from penstock.grpc_api.calls import Call, Cancellable, Door, decoded
 from penstock.messages import InferRequest, InferResponse
 from penstock.model import Model
 
-Message = TypeVar("Message")
-
 
 def infer(door: Door, body: Body, call: Call, reply: Callable[[InferResponse | ServingError], None]) -> Cancellable:
     """ModelInfer. Raises ServingError where the request is refused before it is queued."""
     model, request = admitted(door, body, call, decoupled=False)
     return door.engine.submit(model, request, OnLoop(door.engine.mailbox(), reply))
-
-
-def as_it_is(message: Message) -> Message:
-    """A request for inference is parsed where it must be, and otherwise cut up; answers of streams are bytes."""
-    return message
 
 
 def admitted(door: Door, body: Body, call: Call, *, decoupled: bool) -> tuple[Model, InferRequest]:
@@ -44,7 +36,7 @@ def admitted(door: Door, body: Body, call: Call, *, decoupled: bool) -> tuple[Mo
     if call.visit is not None:
         request.id = request.id or new_id()
         call.visit.model, call.visit.version, call.visit.id = model.name, model.version, request.id
-    if door.forward:
+    if door.forward.any:
         request.parameters.update(door.forward.chosen(call.metadata))
     request.deadline_ns = call.deadline_ns
     return model, request

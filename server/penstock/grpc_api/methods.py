@@ -13,8 +13,8 @@ from penstock import control, pb
 from penstock.auth import Category
 from penstock.errors import ServingError
 from penstock.grpc_api import health, reflection, tensors
-from penstock.grpc_api.calls import Call, Door, Stream, Unary, failure
-from penstock.grpc_api.infer import as_it_is, infer
+from penstock.grpc_api.calls import Call, Door, Stream, Unary, as_it_is, failure
+from penstock.grpc_api.infer import infer
 from penstock.grpc_api.streaming import stream_infer
 
 SERVICE = "inference.GRPCInferenceService"

@@ -103,7 +103,7 @@ class Template:
         for raw, (name, datatype, shape, size) in zip(parts.raw, self.inputs, strict=True):
             if len(raw) != size:
                 return None
-            inputs[name] = Tensor(name, datatype, np.frombuffer(raw, datatype.dtype).reshape(shape))
+            inputs[name] = Tensor(name, datatype, np.ndarray(shape, datatype.dtype, raw))
         try:
             id = parts.id.decode() if parts.id else ""
         except UnicodeDecodeError:

@@ -4,7 +4,8 @@ import asyncio
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -28,7 +29,9 @@ COMPRESSED_FROM = 16 << 10  # bytes: shorter JSON is sent as it is, unless every
 LONG_JSON = 256 << 10  # bytes: read in 5 to 20 ms, against 0.1 ms for the way to a thread and back
 LONG_TEXT = 1 << 20  # bytes of a body with BYTES tensors
 INT32_END = 2**31
+UNREAD = INT32_END  # more than a header can say
 NO_FORMS = oip_json.Forms()
+BEFORE = b"inference-header-content-length"
 REQUEST_ID = b"x-request-id"  # what a client calls its request; the answer repeats it
 _NUMBER = re.compile(rb"[ \t]*[+-]?[0-9]+")
 
@@ -70,33 +73,39 @@ class Head:
     model: str
     version: str  # "" where the path names none
     headers: Mapping[bytes, bytes]  # names in lower case
+    # What they say, for one head may serve many requests.
+    given_id: bytes | None = field(init=False)
+    id: str = field(init=False)  # the same, as far as it is used
+    encoding: bytes | None = field(init=False)
+    json_bytes: int | None = field(init=False, default=UNREAD)  # before binary tensors; None where no header says so
+
+    def __post_init__(self) -> None:
+        self.given_id = self.headers.get(REQUEST_ID)
+        self.id = self.given_id.decode("latin-1")[:ID_LIMIT] if self.given_id else ""
+        self.encoding = self.headers.get(b"content-encoding")
 
 
 class Exchange:
     """One inference on its way. Used on the event loop's thread only, but for its call: it is the model's reply."""
 
     __slots__ = (
-        "_answered", "_cancelled", "_door", "_forms", "_head", "_id", "_mailbox", "_pending", "_reply", "_visit",
+        "_cancelled", "_door", "_forms", "_head", "_id", "_mailbox", "_pending", "_reply", "_visit", "answered",
     )  # fmt: skip
 
-    def __init__(self, door: Door, head: Head, reply: Reply) -> None:
+    def __init__(self, door: Door, head: Head, reply: Reply, mailbox: Mailbox | None = None) -> None:
         self._door = door
         self._head = head
         self._reply = reply
-        self._id = (head.headers.get(REQUEST_ID) or b"").decode("latin-1")[:ID_LIMIT]  # unless the body says another
+        self._id = head.id  # unless the body says another
         self._forms = NO_FORMS
-        self._mailbox: Mailbox
+        self._mailbox = mailbox or door.engine.mailbox()
         self._pending: Pending | None = None
         self._cancelled: ServingError | None = None
-        self._answered = False
+        self.answered = False  # it has been
         self._visit: Visit | None = None
         if door.access_log:
             self._id = self._id or new_id()
             self._visit = _visit(head)
-
-    @property
-    def answered(self) -> bool:
-        return self._answered
 
     def cancel(self, reason: ServingError) -> None:
         """Nobody waits for the answer any more. It is given all the same: `reason`, or what is under way already."""
@@ -104,32 +113,28 @@ class Exchange:
         if self._pending is not None:
             self._pending.cancel(reason)
 
-    def run(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Take a step. Whatever it raises becomes the answer, so that there is exactly one."""
+    def begin(self, body: bytes | memoryview) -> None:
+        """The checks in the protocol's order (3.2), up to the scheduler. What they raise becomes the answer."""
         try:
-            step(*arguments)
+            if self._visit is not None:
+                self._visit.request_bytes = len(body)
+            model = self._door.engine.model(self._head.model, self._head.version)
+            if model.decoupled:
+                raise ServingError(
+                    Kind.UNSUPPORTED, "HTTP end point doesn't support models with decoupled transaction policy"
+                )
+            encoding = self._head.encoding
+            if not encoding or encoding == coding.IDENTITY:
+                self._submit(model, body)
+            elif encoding in coding.CODINGS:
+                # Off the event loop: a short body may become a long one.
+                loop = asyncio.get_running_loop()
+                inflating = loop.run_in_executor(None, coding.decompress, body, self._door.limits.input_bytes)
+                inflating.add_done_callback(functools.partial(self._go_on, self._inflated, model))
+            else:
+                self._answer(failed(501, "Unsupported compression type", (b"accept-encoding", b"gzip, deflate")))
         except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
             self._answer(failure(error, self._id))
-
-    def begin(self, body: bytes | memoryview) -> None:
-        """The checks in the protocol's order (3.2), up to the scheduler."""
-        if self._visit is not None:
-            self._visit.request_bytes = len(body)
-        model = self._door.engine.model(self._head.model, self._head.version)
-        if model.decoupled:
-            raise ServingError(
-                Kind.UNSUPPORTED, "HTTP end point doesn't support models with decoupled transaction policy"
-            )
-        encoding = self._head.headers.get(b"content-encoding", b"")
-        if not encoding or encoding == coding.IDENTITY:
-            self._submit(model, body)
-        elif encoding in coding.CODINGS:
-            # Off the event loop: a short body may become a long one.
-            loop = asyncio.get_running_loop()
-            inflating = loop.run_in_executor(None, coding.decompress, body, self._door.limits.input_bytes)
-            inflating.add_done_callback(functools.partial(self.run, self._inflated, model))
-        else:
-            self._answer(failed(501, "Unsupported compression type", (b"accept-encoding", b"gzip, deflate")))
 
     def _inflated(self, model: Model, inflating: "asyncio.Future[bytes]") -> None:
         body = inflating.result()
@@ -139,9 +144,15 @@ class Exchange:
 
     def _submit(self, model: Model, body: bytes | memoryview) -> None:
         door = self._door
-        json_bytes = _header_length(self._head.headers.get(b"inference-header-content-length"), len(body))
+        json_bytes = self._head.json_bytes
+        if json_bytes == UNREAD:
+            json_bytes = self._head.json_bytes = _header_length(self._head.headers.get(BEFORE))
+        if json_bytes is not None and not 0 <= json_bytes <= len(body):
+            raise ServingError(
+                Kind.INVALID, f"inference header size should be in range (0, {len(body)}), got: {json_bytes}"
+            )
         # Where headers are forwarded, every request may have parameters of its own.
-        before = 0 if door.forward or json_bytes is None else json_bytes
+        before = 0 if door.forward.any or json_bytes is None else json_bytes
         known = door.templates.read(model, body, before) if before else None
         if known is not None:
             request, self._forms = known
@@ -150,7 +161,7 @@ class Exchange:
         elif _is_long(model, len(body), json_bytes):
             # Beside the event loop, which others wait for.
             reading = asyncio.get_running_loop().run_in_executor(None, self._read, model, body, json_bytes)
-            reading.add_done_callback(functools.partial(self.run, self._was_read, model))
+            reading.add_done_callback(functools.partial(self._go_on, self._was_read, model))
         else:
             decoded, request = self._read(model, body, json_bytes)
             if before:
@@ -164,7 +175,7 @@ class Exchange:
         decoded = oip_json.decode(model.signature, body, json_bytes, door.limits)
         self._id = decoded.id or self._id
         self._forms = decoded.forms
-        if door.forward:
+        if door.forward.any:
             decoded.parameters.update(door.forward.chosen(self._head.headers.items()))
         request = decoded.admitted(model.signature, model.version)
         request.id = self._id
@@ -177,46 +188,54 @@ class Exchange:
         self._run_on(model, request)
 
     def _run_on(self, model: Model, request: InferRequest) -> None:
-        engine = self._door.engine
-        self._mailbox = engine.mailbox()
-        pending = engine.submit(model, request, self)
-        if not self._answered:
+        pending = self._door.engine.submit(model, request, self)
+        if not self.answered:
             self._pending = pending
 
     def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:
         """The model's reply, on any thread."""
         if final and not partial:
-            if self._mailbox.is_here:
-                self.run(self._finish, result)
+            if get_ident() == self._mailbox.thread:
+                self._finish(result)
             else:
-                self._mailbox.post(functools.partial(self.run, self._finish, result))
+                self._mailbox.post(functools.partial(self._finish, result))
         return PLENTY
 
+    def _go_on(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Take a further step, as `begin`."""
+        try:
+            step(*arguments)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._answer(failure(error, self._id))
+
     def _finish(self, result: Result) -> None:
-        if isinstance(result, ServingError):
-            raise result
         door = self._door
-        json_bytes, buffers = door.heads.encode(result, self._forms, door.non_finite)
-        if door.compression == "on" or (
-            door.compression == "auto" and json_bytes is None and len(buffers[0]) > COMPRESSED_FROM
-        ):
-            chosen = coding.choose(self._head.headers.get(b"accept-encoding", b""))
-            if chosen != coding.IDENTITY:
-                loop = asyncio.get_running_loop()
-                deflating = loop.run_in_executor(None, coding.compress, buffers, chosen)
-                deflating.add_done_callback(functools.partial(self.run, self._deflated, json_bytes, chosen))
-                return
-        self._answer(_success(json_bytes, buffers))
+        try:
+            if isinstance(result, ServingError):
+                raise result
+            json_bytes, buffers = door.heads.encode(result, self._forms, door.non_finite)
+            if door.compression == "on" or (
+                door.compression == "auto" and json_bytes is None and len(buffers[0]) > COMPRESSED_FROM
+            ):
+                chosen = coding.choose(self._head.headers.get(b"accept-encoding", b""))
+                if chosen != coding.IDENTITY:
+                    loop = asyncio.get_running_loop()
+                    deflating = loop.run_in_executor(None, coding.compress, buffers, chosen)
+                    deflating.add_done_callback(functools.partial(self._go_on, self._deflated, json_bytes, chosen))
+                    return
+            self._answer(_success(json_bytes, buffers))
+        except Exception as error:  # noqa: BLE001 - as above
+            self._answer(failure(error, self._id))
 
     def _deflated(self, json_bytes: int | None, chosen: bytes, deflating: "asyncio.Future[bytes]") -> None:
         self._answer(_success(json_bytes, [deflating.result()], (b"content-encoding", chosen)))
 
     def _answer(self, answer: Answer) -> None:
-        if not self._answered:
-            self._answered = True
+        if not self.answered:
+            self.answered = True
             self._pending = None  # it leads back here through its reply: body and outputs would wait for a collection
             status, headers, body = answer
-            given = self._head.headers.get(REQUEST_ID)
+            given = self._head.given_id
             if self._visit is not None:
                 self._visit.id = self._id
                 given = given or as_header(self._id)
@@ -250,14 +269,16 @@ def _is_long(model: Model, body_bytes: int, json_bytes: int | None) -> bool:
     return body_bytes > LONG_TEXT and any(spec.datatype is BYTES for spec in model.signature.inputs.values())
 
 
-def serve_infer(door: Door, head: Head, body: bytes | memoryview, reply: Reply) -> Exchange | None:
+def serve_infer(
+    door: Door, head: Head, body: bytes | memoryview, reply: Reply, mailbox: Mailbox | None = None
+) -> Exchange | None:
     """Serve one inference. Called on the event loop; `reply` is called there exactly once, perhaps before this returns.
 
-    `reply(status, headers, buffers)` must not raise. Returns what a client that goes away cancels; None if the answer
-    has been given.
+    `reply(status, headers, buffers)` must not raise. `mailbox` is the event loop's, for who has it at hand. Returns
+    what a client that goes away cancels; None if the answer has been given.
     """
-    exchange = Exchange(door, head, reply)
-    exchange.run(exchange.begin, body)
+    exchange = Exchange(door, head, reply, mailbox)
+    exchange.begin(body)
     return None if exchange.answered else exchange
 
 
@@ -270,21 +291,13 @@ def _success(json_bytes: int | None, body: Body, *headers: tuple[bytes, bytes]) 
 
 @functools.lru_cache(1024)
 def _binary_headers(json_bytes: int, length: int) -> Headers:
-    length_before = (b"inference-header-content-length", b"%d" % json_bytes)
-    return headers(length, length_before, content_type=b"application/octet-stream")
+    return headers(length, (BEFORE, b"%d" % json_bytes), content_type=b"application/octet-stream")
 
 
-def _header_length(value: bytes | None, body_bytes: int) -> int | None:
+def _header_length(value: bytes | None) -> int | None:
     """Inference-Header-Content-Length, read as C's `stoi` does: what follows the digits is ignored."""
     if value is None:
         return None
-    length = int(value) if value.isdigit() and len(value) < 10 else _stoi(value)
-    if not 0 <= length <= body_bytes:
-        raise ServingError(Kind.INVALID, f"inference header size should be in range (0, {body_bytes}), got: {length}")
-    return length
-
-
-def _stoi(value: bytes) -> int:
     match = _NUMBER.match(value)
     text = value.decode("latin-1")
     if match is None:

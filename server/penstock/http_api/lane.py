@@ -127,6 +127,7 @@ class LaneProtocol(LimitedProtocol):
         self._unsent_bytes = 0
         self._served_s = 0.0  # when the last answer was given at once
         self._landing: _Landing | None = None
+        self._mailbox = lane.door.engine.mailbox()
 
     def data_received(self, data: bytes) -> None:
         at = 0
@@ -146,7 +147,7 @@ class LaneProtocol(LimitedProtocol):
             if bound is None:
                 self._learning = head
                 break
-            if not self._admitted(bound):
+            if self._lane.door.guard is not None and not self._admitted(bound):
                 break
             at = begin + bound.length
             if at > size:
@@ -154,12 +155,14 @@ class LaneProtocol(LimitedProtocol):
                 self._go_on(data[begin:])
                 return
             self._give(bound, data[begin:at])
-            self._take_off()
+            if self._landing is not None:
+                self._take_off()
         if at == size or self.transport.is_closing():
             if self.timeout_keep_alive_task is None:
                 self._rest()
             return
-        self._take_off()
+        if self._landing is not None:
+            self._take_off()
         super().data_received(data[at:] if at else data)
         self._learning = b""
         if self._bound is not None:
@@ -204,8 +207,6 @@ class LaneProtocol(LimitedProtocol):
 
     def _admitted(self, bound: Bound) -> bool:
         """Whether its sender may infer. Asked once: a key may be limited to so many requests per second."""
-        if self._lane.door.guard is None:
-            return True
         try:
             self._lane.door.admit(Category.INFERENCE, bound.head.headers)
         except ServingError as error:
@@ -252,9 +253,8 @@ class LaneProtocol(LimitedProtocol):
 
     def _take_off(self) -> None:
         """Read as uvicorn does, which is better for what is short."""
-        if self._landing is not None:
-            self._landing = None
-            self.transport.set_protocol(self)
+        self._landing = None
+        self.transport.set_protocol(self)
 
     # -- the answer
 
@@ -267,7 +267,7 @@ class LaneProtocol(LimitedProtocol):
 
     def _give(self, bound: Bound, body: Part) -> None:
         self._keep_alive = bound.keep_alive
-        exchange = serve_infer(self._lane.door, bound.head, body, self._reply)
+        exchange = serve_infer(self._lane.door, bound.head, body, self._reply, self._mailbox)
         if exchange is not None:
             self._exchange = exchange
             self._hold(bound.keep_alive)

@@ -28,7 +28,7 @@ class Template:
 
     signature: Signature  # that their tensors were admitted by; another makes the template void
     id: str  # where it is not cut out
-    inputs: tuple[tuple[str, Datatype, tuple[int, ...], int, int], ...]  # the last are elements, and bytes before them
+    inputs: tuple[tuple[str, Datatype, tuple[int, ...], int], ...]  # the last is how many bytes of data come before
     data_bytes: int
     outputs: dict[str, RequestedOutput]
     forms: Forms
@@ -49,8 +49,12 @@ class Templates:
         """The request that a body holds; None where its JSON is not known, or its data is not what that promises."""
         if json_bytes > self._most:
             return None
-        id, key = _cut(body, json_bytes)
-        template = self._known.get((model.name, model.version, key))
+        text = bytes(body[:json_bytes])
+        template, id = self._known.get((model.name, model.version, text)), None
+        if template is None:
+            id, key = _cut(text)
+            if id is not None:
+                template = self._known.get((model.name, model.version, key))
         if (
             template is None
             or template.signature is not model.signature
@@ -58,9 +62,8 @@ class Templates:
         ):
             return None
         inputs = {}
-        for name, datatype, shape, size, at in template.inputs:
-            array = np.frombuffer(body, datatype.dtype, size, json_bytes + at).reshape(shape)
-            inputs[name] = Tensor(name, datatype, array)
+        for name, datatype, shape, at in template.inputs:
+            inputs[name] = Tensor(name, datatype, np.ndarray(shape, datatype.dtype, body, json_bytes + at))
         return (
             InferRequest(
                 model.name, model.version, template.id if id is None else id, inputs, template.outputs, {},
@@ -75,7 +78,7 @@ class Templates:
         """Remember what a body came to, if others like it can be read by their bytes."""
         if json_bytes > self._most or request.sequence or request.parameters:
             return
-        id, key = _cut(body, json_bytes)
+        id, key = _cut(bytes(body[:json_bytes]))
         if id is not None and (b'"id"' in key or b"\\" in key):
             return  # there may be another id, and the last one counts
         inputs, at = [], 0
@@ -84,7 +87,7 @@ class Templates:
             # Elements of BYTES, and whether those of BOOL are 0 or 1, are not known before they are looked at.
             if tensor.datatype in (BYTES, BOOL) or not isinstance(given.data, memoryview) or not len(given.data):
                 return
-            inputs.append((given.name, tensor.datatype, tensor.array.shape, tensor.array.size, at))
+            inputs.append((given.name, tensor.datatype, tensor.array.shape, at))
             at += len(given.data)
         if len(self._known) >= KEPT:
             self._known.clear()
@@ -94,14 +97,16 @@ class Templates:
         )  # fmt: skip
 
 
-def _cut(body: bytes | memoryview, json_bytes: int) -> tuple[str | None, bytes]:
-    """The id that JSON begins with, as most clients write it, and the rest; None and all of it where it is not so."""
-    text = bytes(body[:json_bytes])
+def _cut(text: bytes) -> tuple[str | None, bytes]:
+    """The id that JSON begins with, as most clients write it, and the rest; None and all of it where it is not so.
+
+    An id that is empty is none: the next request has the same.
+    """
     if text.startswith(ID):
         begin = len(ID)
         end = text.find(b'"', begin)
         raw = text[begin:end]
-        if end >= 0 and raw.isascii():
+        if end > begin and raw.isascii():
             id = raw.decode("ascii")
             if id.isprintable() and "\\" not in id:
                 return id, text[end:]

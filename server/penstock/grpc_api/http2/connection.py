@@ -18,9 +18,9 @@ from penstock.grpc_api.http2.flow import CONNECTION_WINDOW, WINDOW, Allowance, P
 from penstock.grpc_api.http2.frames import Code, Fault
 from penstock.grpc_api.http2.heads import (
     Head,
+    Heads,
     MalformedError,
     check_trailers,
-    read_head,
     trailers_only,
 )
 from penstock.grpc_api.http2.lifetime import DRAIN_PING, Lifetime
@@ -54,7 +54,6 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
         self, door: Door, settings: Settings, methods: Mapping[str, Row], closed: Callable[["Connection"], None]
     ) -> None:
         super().__init__(door, settings)
-        self._methods = methods
         self._on_closed = closed
 
         # reading
@@ -74,7 +73,8 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
 
         # header fields
         self._reader = FieldReader(MAX_FIELDS)
-        self._heads: dict[bytes, Head] = {}  # by their blocks, valid while the dynamic table stands still
+        self._known: dict[bytes, Head] = {}  # by their blocks, valid while the dynamic table stands still
+        self._heads = Heads(methods)
 
         # the client's manners
         self._resets = Allowance(2000, 500)  # a busy client's deadlines may well pass so often
@@ -207,7 +207,8 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
 
     def _data(self, data: bytes, at: int, length: int, flags: int, id: int) -> int:
         """Begin a DATA frame whose payload starts at `at`; returns where reading goes on."""
-        self._checked(length)
+        if length > MAX_FRAME:
+            self._checked(length)
         padding = 0
         end = bool(flags & frames.END_STREAM)
         self._credit -= length
@@ -299,7 +300,7 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
             self._trailers(id, stream, block, end)
             return
         self._last_id = id
-        head = self._heads.get(block)
+        head = self._known.get(block)
         if head is None:
             try:
                 head = self._read_head(block)
@@ -334,11 +335,11 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
         if fields is None:
             error = ServingError(Kind.TOO_LARGE, f"a request's header fields may have {MAX_FIELDS} bytes")
             return Head(refusal=trailers_only(error))
-        head = read_head(fields, self._methods)
+        head = self._heads.read(fields)
         if self._reader.changes == before:
-            if len(self._heads) >= MAX_KNOWN_HEADS:
-                self._heads.clear()
-            self._heads[block] = head
+            if len(self._known) >= MAX_KNOWN_HEADS:
+                self._known.clear()
+            self._known[block] = head
         return head
 
     def _fields(self, block: bytes) -> list[Field] | None:
@@ -346,7 +347,7 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
         before = self._reader.changes
         fields = self._reader.read(block)
         if self._reader.changes != before:
-            self._heads.clear()  # by another table, the blocks may mean something else
+            self._known.clear()  # by another table, the blocks may mean something else
         return fields
 
     def _trailers(self, id: int, stream: AnyCall | None, block: bytes, end: bool) -> None:
@@ -454,7 +455,8 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
         # The client opens no more streams; those that are open are answered, and the client closes.
 
     def _window_update(self, id: int, flags: int, payload: bytes) -> None:  # noqa: ARG002
-        _sized("WINDOW_UPDATE", payload, 4)
+        if len(payload) != 4:
+            _sized("WINDOW_UPDATE", payload, 4)
         more = int.from_bytes(payload, "big") & frames.LARGEST_WINDOW
         if not id:
             self._window += more
@@ -462,7 +464,8 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
                 raise Fault(
                     Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR, f"a connection's window grown by {more}"
                 )
-            self._pump()
+            if self._ready:
+                self._pump()
             return
         if id > self._last_id:
             raise Fault(Code.PROTOCOL_ERROR, f"WINDOW_UPDATE on stream {id}, which is not open")
@@ -473,8 +476,9 @@ class Connection(Lifetime, asyncio.BufferedProtocol):
         if not more or stream.window > frames.LARGEST_WINDOW:
             self._reset(id, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
             return
-        self._queue(stream)
-        self._pump()
+        if stream.out:
+            self._queue(stream)
+            self._pump()
 
     def _count_reset(self) -> None:
         """Streams that are opened and thrown away cost the client less than us."""

@@ -20,6 +20,7 @@ STATIC: tuple[Field, ...] = (
     ("", ""),  # index 0 is none
     *((name.decode(), value.decode()) for name, value in HeaderTable.STATIC_TABLE),
 )
+LAST_STATIC = len(STATIC) - 1
 NAME = re.compile(r":?[a-z0-9!#$%&'*+\-.^_`|~]+")  # capitals are malformed: RFC 9113, §8.2.1
 NOT_IN_VALUES = re.compile(r"[\0\r\n]")
 
@@ -40,7 +41,7 @@ class FieldReader:
         Raises Fault where the block is no HPACK, or a field holds characters that none may.
         """
         fields: list[Field] = []
-        left = self._limit_bytes
+        dynamic = self._dynamic
         at, end = 0, len(block)
         try:
             while at < end:
@@ -48,14 +49,17 @@ class FieldReader:
                 at += 1
                 if first & 0x80:  # an indexed field
                     index = first & 0x7F
-                    if index == 0x7F:
-                        index, at = _integer(block, at, index)
-                    field = self._entry(index)
+                    if LAST_STATIC < index < 0x7F:
+                        field = dynamic[LAST_STATIC - index]
+                    else:
+                        if index == 0x7F:
+                            index, at = _integer(block, at, index)
+                        field = self._entry(index)
                 elif first & 0x40:  # a literal that enters the table
                     field, at = self._literal(block, at, first & 0x3F, 0x3F)
                     self._add(field)
                 elif first & 0x20:  # a new size of the table
-                    if fields or left < self._limit_bytes:
+                    if fields:
                         raise Fault(Code.COMPRESSION_ERROR, "a table size behind a field")
                     size = first & 0x1F
                     if size == 0x1F:
@@ -64,19 +68,21 @@ class FieldReader:
                     continue
                 else:
                     field, at = self._literal(block, at, first & 0x0F, 0x0F)
-                left -= len(field[0]) + len(field[1]) + FIELD_OVERHEAD
-                if left >= 0:
-                    fields.append(field)
+                fields.append(field)
         except (IndexError, HPACKError) as error:
             raise Fault(Code.COMPRESSION_ERROR, "a header block that ends too early or holds no index") from error
-        return fields if left >= 0 else None
+        # Huffman's shortest code has 5 bits; an indexed field is no longer than the table.
+        if len(fields) * (TABLE_BYTES + FIELD_OVERHEAD) + 2 * end <= self._limit_bytes:
+            return fields
+        size = sum([len(name) + len(value) + FIELD_OVERHEAD for name, value in fields])
+        return fields if size <= self._limit_bytes else None
 
     def _entry(self, index: int) -> Field:
-        if 0 < index < len(STATIC):
+        if 0 < index <= LAST_STATIC:
             return STATIC[index]
         if not index:
             raise Fault(Code.COMPRESSION_ERROR, "index 0 in a header block")
-        return self._dynamic[len(STATIC) - 1 - index]
+        return self._dynamic[LAST_STATIC - index]
 
     def _literal(self, block: bytes, at: int, index: int, most: int) -> tuple[Field, int]:
         if index == most:
@@ -96,7 +102,8 @@ class FieldReader:
         self.changes += 1
         self._dynamic.append(field)
         self._dynamic_bytes += len(field[0]) + len(field[1]) + FIELD_OVERHEAD
-        self._evict()
+        if self._dynamic_bytes > self._table_bytes:
+            self._evict()
 
     def _resize(self, size: int) -> None:
         if size > TABLE_BYTES:
@@ -133,6 +140,9 @@ def _integer(block: bytes, at: int, value: int) -> tuple[int, int]:
 def _string(block: bytes, at: int) -> tuple[str, int]:
     length = block[at]
     at += 1
+    end = at + length
+    if length < 0x7F and end <= len(block):
+        return block[at:end].decode("latin-1"), end
     huffman = length & 0x80
     length &= 0x7F
     if length == 0x7F:

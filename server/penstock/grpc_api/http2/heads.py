@@ -18,7 +18,6 @@ HEADERS_BLOCK = b"\x88" + b"\x0f\x10\x10application/grpc"
 NOT_POST = literal(b":status", b"405") + literal(b"allow", b"POST")
 NOT_GRPC = literal(b":status", b"415")
 
-TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 UNIT_NS = {"H": 3_600_000_000_000, "M": 60_000_000_000, "S": 1_000_000_000, "m": 1_000_000, "u": 1_000, "n": 1}
 PLAIN = re.compile(r"[\x20-\x24\x26-\x7E]*")  # what needs no percent-encoding
 ESCAPED = [bytes((byte,)) if PLAIN.fullmatch(chr(byte)) else b"%%%02X" % byte for byte in range(256)]
@@ -27,14 +26,19 @@ PSEUDO = (":method", ":scheme", ":path", ":authority")
 # Of HTTP/1 alone. RFC 9113, §8.2.2
 OF_A_CONNECTION = frozenset({"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"})
 # What is read here, and is no metadata of the call.
-READ = frozenset({"te", "content-type", "content-length", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding"})
+READ = frozenset({"te", "content-type", "content-length", "grpc-encoding", "grpc-accept-encoding"})
+
+
+# What differs from call to call by its nature.
+VARYING = frozenset({"grpc-timeout", "x-request-id", "traceparent", "tracestate"})
+MAX_KNOWN = 16
 
 
 class MalformedError(Exception):
     """A request that HTTP/2 itself forbids: its stream is reset. RFC 9113, §8.1.1"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # and never changed: to freeze it costs a microsecond
 class Head:
     """A request's header fields, understood. `refusal` is the block that answers a call which cannot be served."""
 
@@ -44,10 +48,47 @@ class Head:
     encoding: str = IDENTITY  # of compressed messages
     length: int = -1  # bytes of the body, where the client says so
     refusal: bytes = b""
+    pseudo: int = 0  # how many fields of HTTP/2's own came first
 
 
-def read_head(fields: Sequence[Field], methods: Mapping[str, Row]) -> Head:
-    """Raises MalformedError."""
+class Heads:
+    """Reads header fields. What most of a client's calls have in common is read once."""
+
+    def __init__(self, methods: Mapping[str, Row]) -> None:
+        self._methods = methods
+        self._known: dict[tuple[Field, ...], Head] = {}  # by the fields that do not vary
+
+    def read(self, fields: Sequence[Field]) -> Head:
+        """Raises MalformedError."""
+        fixed: list[Field] = []
+        varying: list[Field] = []
+        for field in fields:
+            (varying if field[0] in VARYING else fixed).append(field)
+        key = tuple(fixed)
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            known = self._known[key] = _fixed_head(fixed, self._methods)
+        if not varying:
+            return known
+        if fields.index(varying[0]) < known.pseudo:
+            raise MalformedError("a pseudo-header out of place")
+        if known.row is None:
+            return known
+        timeout = None
+        for name, value in varying:
+            if name == "grpc-timeout":
+                timeout = value
+        try:
+            metadata = known.metadata + tuple([field for field in varying if field[0] != "grpc-timeout"])
+            return Head(known.row, metadata, _timeout_ns(timeout), known.encoding, known.length, b"", known.pseudo)
+        except ServingError as error:
+            return Head(refusal=trailers_only(error))
+
+
+def _fixed_head(fields: Sequence[Field], methods: Mapping[str, Row]) -> Head:
+    """Of the fields that do not vary. Raises MalformedError."""
     pseudo, others = _split(fields)
     if pseudo[":method"] != "POST":
         return Head(refusal=NOT_POST)
@@ -66,9 +107,7 @@ def read_head(fields: Sequence[Field], methods: Mapping[str, Row]) -> Head:
             known = ", ".join(ENCODINGS)
             error = ServingError(Kind.UNSUPPORTED, f"messages encoded with '{encoding}': expected one of {known}")
             return Head(refusal=trailers_only(error) + literal(b"grpc-accept-encoding", ",".join(ENCODINGS).encode()))
-        return Head(
-            row, _metadata(others), _timeout_ns(values.get("grpc-timeout")), encoding, int(length) if length else -1
-        )
+        return Head(row, _metadata(others), 0, encoding, int(length) if length else -1, pseudo=len(pseudo))
     except ServingError as error:
         return Head(refusal=trailers_only(error))
 
@@ -123,10 +162,10 @@ def _timeout_ns(text: str | None) -> int:
     """Raises ServingError(INVALID)."""
     if text is None:
         return 0
-    found = TIMEOUT.fullmatch(text)
-    if found is None:
+    digits, unit_ns = text[:-1], UNIT_NS.get(text[-1:])
+    if unit_ns is None or not 1 <= len(digits) <= 8 or not (digits.isascii() and digits.isdigit()):
         raise ServingError(Kind.INVALID, f"grpc-timeout expects up to 8 digits and one of HMSmun, got '{text}'")
-    return max(1, int(found[1]) * UNIT_NS[found[2]])
+    return int(digits) * unit_ns or 1
 
 
 def _metadata(others: Sequence[Field]) -> tuple[tuple[str, str | bytes], ...]:

@@ -74,10 +74,9 @@ class Lifetime(Outgoing):
 
     def _arm(self) -> None:
         """Watch the deadlines of the calls that came with this read, but for those that were answered at once."""
-        now_ns = time.monotonic_ns()
         for stream in self._new_deadlines:
             if stream.id in self._streams:
-                delay_s = (stream.call.deadline_ns - now_ns) / 1e9
+                delay_s = (stream.call.deadline_ns - time.monotonic_ns()) / 1e9
                 stream.timer = self.loop.call_later(delay_s, self._expire, stream)
         self._new_deadlines.clear()
 

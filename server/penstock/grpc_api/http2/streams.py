@@ -99,7 +99,7 @@ class UnaryCall(BaseCall):
 
     def data(self, data: Body, end: bool) -> bool:
         """Take bytes of the body; `end` says that they are the last. False where they break HTTP/2's rules."""
-        if not self._checked_length(len(data), end):
+        if self._head.length >= 0 and not self._checked_length(len(data), end):
             return False
         if self._done:
             return True
@@ -110,7 +110,8 @@ class UnaryCall(BaseCall):
             and 0 <= size <= self._link.door.limit_bytes
             and int.from_bytes(data[:PREFIX_BYTES], "big") == size  # the first byte says that it is not compressed
         ):
-            self._serve(bytes(data[PREFIX_BYTES:]))  # the ordinary case: a whole message that came in one piece
+            # The ordinary case: a whole message that came in one piece.
+            self._pending = self._row.answer(self._link.door, bytes(data[PREFIX_BYTES:]), self.call, self.reply)
             return True
         try:
             assembler = self._fed(data)
