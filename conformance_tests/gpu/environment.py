@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 NEEDED = {
     "grpcio": "grpc", "hpack": "hpack", "httptools": "httptools", "ml_dtypes": "ml_dtypes", "numpy": "numpy",
     "onnx": "onnx", "onnxruntime-gpu": "onnxruntime", "orjson": "orjson", "protobuf": "google.protobuf",
-    "pytest": "pytest", "python-rapidjson": "rapidjson", "starlette": "starlette", "tritonclient": "tritonclient",
+    "msgspec": "msgspec", "pytest": "pytest", "python-rapidjson": "rapidjson", "starlette": "starlette", "tritonclient": "tritonclient",
     "uvicorn": "uvicorn", "uvloop": "uvloop",
 }  # fmt: skip
 

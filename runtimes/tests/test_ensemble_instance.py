@@ -5,12 +5,12 @@ import threading
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from penstock.errors import Kind, ServingError, WorkerLostError
 from penstock.messages import InferResponse, JobContext, Phases, Sequence
 from penstock.runtime import PLENTY, Cancelled, Credit

@@ -1,12 +1,12 @@
 """What the statistics of an ensemble say of computing is the sum over its steps, whatever those are."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic_ns
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from penstock import model_config
 from penstock.cache import ResponseCache
 from penstock.errors import Kind, ServingError

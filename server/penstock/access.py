@@ -2,8 +2,9 @@
 
 import logging
 import uuid
-from dataclasses import dataclass, field
 from time import monotonic_ns
+
+from msgspec import Struct, field
 
 LOGGER = "penstock.access"
 ID_LIMIT = 200  # characters of an id that came as a header
@@ -11,8 +12,7 @@ ID_LIMIT = 200  # characters of an id that came as a header
 logger = logging.getLogger(LOGGER)
 
 
-@dataclass(slots=True)
-class Visit:
+class Visit(Struct):
     """One request, from its arrival to its line."""
 
     door: str  # http, grpc or job

@@ -7,10 +7,10 @@ and their texts are Triton's (protocol page "validation against the model").
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
+from msgspec import Struct
 
 from penstock.errors import Kind, ServingError
 from penstock.model_config import Signature
@@ -38,8 +38,7 @@ UNBATCHED_NOTE = (
 )
 
 
-@dataclass(slots=True)
-class Given:
+class Given(Struct):
     """An input tensor as it came: nothing about it has been checked.
 
     `data` is the tensor's bytes (memoryview or bytes, BYTES elements length-prefixed), or its elements as a
@@ -78,8 +77,7 @@ def check_sequence_id(id: str) -> None:
         )
 
 
-@dataclass(slots=True)
-class Admitted:
+class Admitted(Struct):
     """The part of a request that depends on the model's signature."""
 
     inputs: dict[str, Tensor]
@@ -151,8 +149,7 @@ def _overflows(shape: Sequence[int], datatype: Datatype) -> bool:
     return math.prod(dim for dim in shape if dim) * datatype.dtype.itemsize > MAX_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
+class _Sent(Struct, frozen=True):
     """A request that one of the checks below refuses."""
 
     signature: Signature

@@ -4,8 +4,9 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import monotonic_ns
+
+from msgspec import Struct
 
 from penstock import pb
 from penstock.messages import InferRequest
@@ -36,8 +37,7 @@ def key(fingerprint: bytes, request: InferRequest) -> bytes:
     return digest.digest()
 
 
-@dataclass(slots=True)
-class Counts:
+class Counts(Struct):
     """What the cache did since the server started. Owned by its lock."""
 
     lookup: Duration

@@ -1,18 +1,20 @@
 """The `penstock` command."""
 
 import argparse
+import contextlib
 import gc
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 
 import penstock
 from penstock import settings as options
-from penstock import triton_flags
 from penstock.errors import Kind, ServingError
 from penstock.settings import OPTIONS, Option, Settings
 
 USAGE = 2  # the exit status of a command line that cannot be understood
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # which OpenBLAS reads when it is loaded
 # The options that say how a model is loaded, for the commands that load one without a server.
 LOADING = ("model_config_name", "default_max_batch_size", "device", "backend_config", "disable_auto_complete_config")
 
@@ -49,9 +51,26 @@ def _serve(arguments: argparse.Namespace) -> int:
         print(f"penstock serve: {error.message}", file=sys.stderr)
         return USAGE
     gc.disable()  # until the server serves: imports make much to look at, and little that may go
-    from penstock import serve  # numpy, uvicorn and the rest, which --help does without
-
+    with one_blas_thread():
+        from penstock import serve  # numpy, uvicorn and the rest, which --help does without
     return serve.run(settings)
+
+
+@contextlib.contextmanager
+def one_blas_thread(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """While NumPy is imported, unless the environment says otherwise.
+
+    Its BLAS starts a thread for each further core, and each looks for work without rest for 0.1 s. The server has
+    none: it multiplies no matrices. Handlers may, in processes of their own, and find the environment as it was.
+    """
+    if BLAS_THREADS in environment:
+        yield
+        return
+    environment[BLAS_THREADS] = "1"
+    try:
+        yield
+    finally:
+        del environment[BLAS_THREADS]
 
 
 def _settings(arguments: argparse.Namespace, repositories: Sequence[str] = ()) -> Settings:
@@ -153,8 +172,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="read options from a TOML file")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in OPTIONS.values():
-        group = groups.setdefault(option.group, parser.add_argument_group(option.group))
-        _add_option(group, option)
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        _add_option(groups[option.group], option)
 
 
 def _add_option(group: "argparse._ArgumentGroup", option: Option) -> None:
@@ -203,6 +223,8 @@ def _join_values(arguments: list[str]) -> list[str]:
 
 
 def _unknown_flag(flag: str) -> str:
+    from penstock import triton_flags  # which only a mistake needs
+
     row = triton_flags.FLAGS.get(flag.removeprefix("--"))
     if row is not None and row.penstock is None:
         state = "does not have yet" if row.planned else "does not have"

@@ -1,8 +1,9 @@
 """Every control method as a function of plain data, and the table that names them for both protocols."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from msgspec import Struct
 
 import penstock
 from penstock import model_config, pb
@@ -23,8 +24,7 @@ Fields: TypeAlias = dict[str, Any]
 Call: TypeAlias = Callable[[Engine, Fields], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+class Method(Struct, frozen=True):
     """One control method. `call` takes the request's fields and gives the answer in the protocol's JSON shape.
 
     Over HTTP that is dumped with status 200, over gRPC it fills the RPC's response message; where a protocol has

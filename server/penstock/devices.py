@@ -3,9 +3,10 @@
 import ctypes
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
+
+from msgspec import Struct
 
 DRIVER = "libcuda.so.1"  # comes with NVIDIA's driver, never with CUDA
 NVML = "libnvidia-ml.so.1"  # likewise; it alone tells the driver's own version
@@ -32,8 +33,7 @@ def within_quota(cores: int, cpu_max: str) -> int:
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(Struct, frozen=True):
     """A CUDA device, by the number that this process knows it by."""
 
     number: int
@@ -42,8 +42,7 @@ class Gpu:
     memory_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Driver:
+class Driver(Struct, frozen=True):
     """NVIDIA's driver, as it shows itself to this process."""
 
     version: str = ""  # such as "580.159.03"; "" where nothing tells it

@@ -1,7 +1,6 @@
 """`penstock doctor`: what this machine can serve on, what is missing for the rest, and how to get it."""
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -9,6 +8,8 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from penstock.devices import Driver, cpu_count, driver
 from penstock.settings import Settings
@@ -117,7 +118,7 @@ def as_json(found: "Sequence[Finding]", device: str) -> dict[str, Any]:
         "device": device,
         "works": not stopping(found, device),
         "verdict": verdict(found, device),
-        "findings": [dataclasses.asdict(finding) for finding in found],
+        "findings": [structs.asdict(finding) for finding in found],
     }
 
 

@@ -6,8 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from penstock.errors import Kind, ServingError
 from penstock.lifecycle import Lifecycle
@@ -56,8 +57,7 @@ class Mailbox:
 Result = InferResponse | ServingError
 
 
-@dataclass(frozen=True, slots=True)
-class Replied:
+class Replied(Struct, frozen=True):
     """One of the answers to a request: the last one or not; `partial` marks progress, which is no answer of its own."""
 
     response: InferResponse

@@ -5,16 +5,16 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 logger = logging.getLogger(__name__)
 
 LIBRARY = "pynvml"  # the module of the package nvidia-ml-py, which penstock[gpu] brings
 
 
-@dataclass(frozen=True, slots=True)
-class Gauge:
+class Gauge(Struct, frozen=True):
     """One metric of every GPU. `read` takes NVML and a device's handle, and raises NVMLError where it is not told."""
 
     name: str

@@ -1,9 +1,10 @@
 """One model in this process, loaded as the server would load it, without a server."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from msgspec import structs
 
 from penstock import repository
 from penstock.engine import Engine
@@ -19,7 +20,7 @@ def loaded(name: str, settings: Settings) -> Iterator[Engine]:
     Raises ServingError(NOT_FOUND) with the names that there are, and what a load raises.
     """
     find(name, settings)
-    engine = Engine(dataclasses.replace(settings, model_control_mode="explicit", load_model=(name,)))
+    engine = Engine(structs.replace(settings, model_control_mode="explicit", load_model=(name,)))
     try:
         engine.lifecycle.load(name)
         yield engine

@@ -6,12 +6,12 @@ Where simdjson is not installed (it has no wheel for Python 3.14 yet), nothing i
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from penstock.json_text import MAX_DEPTH
 
@@ -39,8 +39,7 @@ class UnusualError(Exception):
     """The document must be parsed whole, for it is wrong, or has what is not read here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lifted:
+class Lifted(Struct, frozen=True):
     """A JSON text with `["key"]` in the place of each array that was taken out, and the texts of these by their keys.
 
     If it is JSON, and they are, the whole was. No client can know the keys.

@@ -1,6 +1,5 @@
 """The model table: which versions are served, in what state the others are, and how they come and go."""
 
-import dataclasses
 import functools
 import logging
 import os
@@ -10,9 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+
+from msgspec import Struct, field, structs
 
 from penstock import members, model_config, pb, rate, repository, warmup
 from penstock.cache import ResponseCache
@@ -42,8 +42,7 @@ class State(Enum):
     UNAVAILABLE = "UNAVAILABLE"
 
 
-@dataclass(slots=True, eq=False)
-class Record:
+class Record(Struct, eq=False):
     """A version that was loaded, or that was to be. Compared by identity."""
 
     state: State
@@ -52,8 +51,7 @@ class Record:
     ending: str = UNLOADED  # the reason once it is unloaded
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(Struct):
     """A model by name. Owned by the table's lock; `operation` makes its loads and unloads wait for each other."""
 
     versions: dict[int, Record] = field(default_factory=dict)
@@ -597,9 +595,9 @@ class Lifecycle:
             }
             signature = model_config.signature(done, labels)
             if model_config.splits_oversized(stated):
-                signature = dataclasses.replace(signature, row_limit=2**31)
+                signature = structs.replace(signature, row_limit=2**31)
             elif not stated.max_batch_size:  # nobody asked for a limit: it was completed, and only bounds a batch
-                signature = dataclasses.replace(signature, row_limit=2**31)
+                signature = structs.replace(signature, row_limit=2**31)
                 if done.max_batch_size:
                     files.note(
                         "rows of a request", "any number", "max_batch_size was completed: it bounds batches alone"
@@ -747,7 +745,7 @@ def place(
     note("device", ", ".join(dict.fromkeys(map(str, places))), " and ".join(dict.fromkeys(reasons)))
     shared = f"{cores} cores are shared out among {len(places)} instances, at most {MOST_THREADS} to each"
     note("threads", threads, shared)
-    return [dataclasses.replace(where, threads=threads) for where in places]
+    return [structs.replace(where, threads=threads) for where in places]
 
 
 def show_devices(config: pb.ModelConfig, devices: Sequence[str], note: Note = unheard) -> pb.ModelConfig:

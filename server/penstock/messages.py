@@ -1,7 +1,8 @@
 """What crosses the core: plain data without socket, future, lock or callback, so that it can cross a process too."""
 
-from dataclasses import dataclass, field
 from typing import TypeAlias
+
+from msgspec import Struct, field
 
 from penstock.access import names
 from penstock.tensor import Tensor
@@ -9,16 +10,14 @@ from penstock.tensor import Tensor
 Parameter: TypeAlias = bool | int | float | str
 
 
-@dataclass(slots=True)
-class RequestedOutput:
+class RequestedOutput(Struct):
     """An output that a request names, and what it wants done with it."""
 
     name: str
     classification: int = 0  # the top k classes instead of the tensor; 0: the tensor itself
 
 
-@dataclass(slots=True)
-class Sequence:
+class Sequence(Struct):
     """A request's place in a sequence of a stateful model."""
 
     id: int | str
@@ -27,8 +26,7 @@ class Sequence:
     slot: int = 0  # of its instance, while the sequence lives: its batch row, where it keeps one. Set by the scheduler
 
 
-@dataclass(slots=True)
-class JobContext:
+class JobContext(Struct):
     """What a job brings to its model beside the input."""
 
     id: str
@@ -36,8 +34,7 @@ class JobContext:
     request_id: str = ""  # of the request that handed it in; "" where that had none
 
 
-@dataclass(slots=True)
-class InferRequest:
+class InferRequest(Struct):
     """One inference. Made by `admission`, so its tensors agree with the model's signature."""
 
     model: str
@@ -60,8 +57,7 @@ class InferRequest:
         return names(self.job.request_id, self.job.id) if self.job else names(self.id)
 
 
-@dataclass(slots=True)
-class Phases:
+class Phases(Struct):
     """How long it took to compute something, in nanoseconds."""
 
     input_ns: int  # gathering inputs
@@ -74,8 +70,7 @@ class Phases:
         self.output_ns += more.output_ns
 
 
-@dataclass(slots=True)
-class InferResponse:
+class InferResponse(Struct):
     """What one execution gives back to one request; a decoupled model gives several."""
 
     model: str
@@ -84,4 +79,4 @@ class InferResponse:
     outputs: list[Tensor]
     parameters: dict[str, Parameter] = field(default_factory=dict)
     # How the request was computed, all of it, with the last answer. None where the cache answered.
-    computed: Phases | None = field(default=None, compare=False, repr=False)
+    computed: Phases | None = None

@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from penstock.cache import ResponseCache
 from penstock.engine import Engine
@@ -21,8 +22,7 @@ Read: TypeAlias = Callable[[Model], list[Series]]
 Of: TypeAlias = Callable[[Model], bool]  # whether a model has a family
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """One metric of every served version: its name, type, help, and the series of a model."""
 
     name: str

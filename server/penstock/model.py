@@ -5,9 +5,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from penstock import cache, classification, model_config, pb
 from penstock.access import plain
@@ -38,8 +38,7 @@ PROBE_BYTES = 8 << 20
 _loads = itertools.count()
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """What a load found out, and nothing changes afterwards."""
 
     files: ModelFiles

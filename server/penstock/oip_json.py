@@ -2,13 +2,13 @@
 
 import contextlib
 import math
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+from msgspec import Struct, field
 
 from penstock import json_numbers, json_text, messages
 from penstock.admission import MAX_SIZE, Given, admit, check_count, check_rank, check_sequence_id
@@ -26,8 +26,7 @@ INT64_LOW = -(2**63)
 NonFinite: TypeAlias = Literal["string", "literal"]  # how NaN and infinities stand in JSON: "NaN", or NaN
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """What a request may not exceed: the server options --http-max-input-size, --max-tensors and --max-rank."""
 
     input_bytes: int
@@ -35,16 +34,14 @@ class Limits:
     rank: int
 
 
-@dataclass(slots=True)
-class Forms:
+class Forms(Struct):
     """Which outputs an answer carries in binary: those that the request names as it says there, `default` the rest."""
 
     default: bool = False
     named: dict[str, bool] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Decoded:
+class Decoded(Struct):
     """A request as its body has it. Nothing has been compared with the model's signature yet."""
 
     id: str = ""

@@ -2,8 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from msgspec import Struct
 
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
@@ -34,8 +35,7 @@ class Whole(Protocol):
         """From the first part's start to the end of the last, with the phases of all. Once all are computed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Missed:
+class Missed(Struct, frozen=True):
     """What was looked up in the cache in vain."""
 
     key: bytes  # under which the answer shall be kept

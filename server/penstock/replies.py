@@ -3,7 +3,8 @@
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from penstock.errors import ServingError
 from penstock.messages import InferRequest, InferResponse

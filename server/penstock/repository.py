@@ -1,10 +1,10 @@
 """What lies on disk: a bare model file, a folder of them, or a Triton tree; versions, fingerprints, label files."""
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct, structs
 
 from penstock.errors import Kind, ServingError
 from penstock.model_config.completion import BACKENDS
@@ -14,8 +14,7 @@ DEFAULT_FILENAME = "model.onnx"
 HANDLERS = BACKENDS["handler"].filenames  # each makes the directory that it lies in a model
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSource:
+class ModelSource(Struct, frozen=True):
     """One model as it lies on disk, before anything of it is read."""
 
     name: str
@@ -52,7 +51,7 @@ def _sources(root: Path, config_name: str) -> Iterator[ModelSource]:
         raise ServingError(Kind.NOT_FOUND, f"model repository '{root}' does not exist")
     if root.is_file():
         if root.name in HANDLERS:
-            yield dataclasses.replace(_tree_model(root.parent, config_name), versions={1: root})
+            yield structs.replace(_tree_model(root.parent, config_name), versions={1: root})
         elif root.suffix == ".onnx":
             yield _bare(root)
         else:

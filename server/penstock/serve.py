@@ -10,12 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
 import uvicorn
 import uvloop
+from msgspec import Struct
 
 import penstock
 from penstock import allocator, auth, logs, samples
@@ -44,8 +44,7 @@ class GrpcServer(Protocol):
     async def stop(self, grace_s: float) -> None: ...
 
 
-@dataclass(slots=True)
-class Doors:
+class Doors(Struct):
     """What listens, and where."""
 
     http: uvicorn.Server | None = None
@@ -179,7 +178,7 @@ async def _listening(doors: Doors, serving: Sequence["asyncio.Task[None]"]) -> N
             if task.done():
                 task.result()
                 raise ServingError(Kind.INTERNAL, "the HTTP server ended while it was starting")
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)  # with sockets that are bound, uvicorn is there in a few turns of the loop
 
 
 async def _stop_doors(

@@ -2,13 +2,13 @@
 follow from the field's name; type, default and help text from its declaration. Names are Triton's where the meaning is.
 """
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from msgspec import Struct, field
 
 from penstock.errors import Kind, ServingError
 
@@ -33,14 +33,14 @@ def _option(
     default: Any, help: str, group: str, *, metavar: str = "", aliases: Sequence[str] = (), switch: bool = False,
     separator: str = os.pathsep,
 ) -> Any:  # fmt: skip
-    metadata = {
-        "help": help, "group": group, "metavar": metavar, "aliases": aliases, "switch": switch, "separator": separator,
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
+    _described.append((help, group, metavar, tuple(aliases), switch, separator))
+    return field(default=default)
 
 
-@dataclass(frozen=True)
-class Settings:
+_described: list[tuple[str, str, str, tuple[str, ...], bool, str]] = []  # the options, in the order of Settings
+
+
+class Settings(Struct, frozen=True):
     """What `penstock serve` can be told. Sizes are bytes, times are in the unit that the name ends in."""
 
     model_repository: tuple[str, ...] = _option(
@@ -330,8 +330,7 @@ class Settings:
         return quantiles
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(Struct, frozen=True):
     """One field of Settings, as the outside sees it."""
 
     name: str  # the TOML key
@@ -381,16 +380,13 @@ BOOLS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": 
 def _options() -> dict[str, Option]:
     hints = get_type_hints(Settings)
     options = {}
-    for entry in dataclasses.fields(Settings):
-        hint = hints[entry.name]
+    defaults = Settings.__struct_defaults__
+    for name, default, described in zip(Settings.__struct_fields__, defaults, _described, strict=True):
+        hint = hints[name]
         repeated = get_origin(hint) is tuple
         item = get_args(hint)[0] if repeated else hint
         choices = get_args(item) if get_origin(item) is Literal else ()
-        meta = entry.metadata
-        options[entry.name] = Option(
-            entry.name, str if choices else item, repeated, choices, entry.default, meta["help"], meta["group"],
-            meta["metavar"], tuple(meta["aliases"]), meta["switch"], meta["separator"],
-        )  # fmt: skip
+        options[name] = Option(name, str if choices else item, repeated, choices, default, *described)
     return options
 
 

@@ -6,16 +6,15 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
+from msgspec import Struct, field
 
 from penstock.messages import Phases
 
 
-@dataclass(slots=True)
-class Duration:
+class Duration(Struct):
     """How often something happened, and how long it took in all."""
 
     count: int = 0
@@ -26,8 +25,7 @@ class Duration:
         self.ns += ns
 
 
-@dataclass(slots=True)
-class BatchStatistics:
+class BatchStatistics(Struct):
     """Executions of one batch size."""
 
     compute_input: Duration = field(default_factory=Duration)
@@ -35,8 +33,7 @@ class BatchStatistics:
     compute_output: Duration = field(default_factory=Duration)
 
 
-@dataclass(slots=True)
-class ResponseStatistics:
+class ResponseStatistics(Struct):
     """The responses of one place in the order in which a decoupled model gives them. Times are nanoseconds."""
 
     compute_infer: Duration = field(default_factory=Duration)  # since the response before, or since the start
@@ -50,7 +47,6 @@ class ResponseStatistics:
 Outcome: TypeAlias = Literal["success", "fail", "empty_response", "cancel"]
 
 
-@dataclass(slots=True)
 class Execution(Phases):
     """How one batch went through its instance, and when; monotonic nanoseconds.
 
@@ -119,8 +115,7 @@ class Recent:
         return [ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] for quantile in quantiles]
 
 
-@dataclass(slots=True)
-class Summaries:
+class Summaries(Struct):
     """Of single requests, in nanoseconds. Kept only where they are asked for."""
 
     quantiles: tuple[float, ...]
@@ -133,8 +128,7 @@ class Summaries:
     cache_miss: Recent = field(default_factory=Recent)
 
 
-@dataclass(slots=True)
-class Histograms:
+class Histograms(Struct):
     """The phases of successful requests in nanoseconds, and the rows of executions."""
 
     request: Histogram = field(default_factory=lambda: Histogram(TIMES_NS))
@@ -147,16 +141,14 @@ class Histograms:
     first_response: Histogram = field(default_factory=lambda: Histogram(FIRST_RESPONSE_MS))  # whole milliseconds
 
 
-@dataclass(slots=True)
-class Padded:
+class Padded(Struct):
     """Elements of the inputs that an instance pads. Written by the thread that it runs on."""
 
     data: int = 0  # that requests sent
     padding: int = 0  # that they were filled up with
 
 
-@dataclass(slots=True)
-class Statistics:
+class Statistics(Struct):
     """Counts of one loaded version, written under one lock. Statistics extension, response fields.
 
     Executions are noted one by one and counted many at a time: call `fold` before reading.
@@ -180,11 +172,11 @@ class Statistics:
     padded: tuple[Padded, ...] = ()  # of the instances that pad, each written by its own
     histograms: Histograms = field(default_factory=Histograms)
     summaries: Summaries | None = None
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: threading.RLock = field(default_factory=threading.RLock)
     # Not counted yet: of each run rows, requests, nanoseconds of the phases, start and end, gathering; and of each of
     # its requests, when it arrived.
-    _runs: list[int] = field(default_factory=list, repr=False)
-    _arrivals_ns: list[int] = field(default_factory=list, repr=False)
+    _runs: list[int] = field(default_factory=list)
+    _arrivals_ns: list[int] = field(default_factory=list)
 
     def executed(self, arrivals_ns: Sequence[int], rows: int, times: Execution) -> None:
         """Count one execution: when each request that it ended well arrived, and how many rows it computed.

@@ -3,20 +3,19 @@
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from penstock.errors import Kind, ServingError
 
 Array: TypeAlias = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Datatype:
+class Datatype(Struct, frozen=True, eq=False):
     """One row of the protocol's type table. Rows are compared by identity, which pickling keeps."""
 
     name: str  # on the wire, such as "FP32"
@@ -84,8 +83,7 @@ BY_ONNX_NAME = {row.onnx: row for row in DATATYPES.values()}
 BY_DTYPE = {row.dtype: row for row in DATATYPES.values()}
 
 
-@dataclass(slots=True)
-class Tensor:
+class Tensor(Struct):
     """A named array. BYTES has dtype object and holds `bytes`; BF16 is `ml_dtypes.bfloat16`."""
 
     name: str

@@ -1,12 +1,11 @@
 """Triton's command line: which of its flags exist here, and why the others do not. None is accepted and ignored."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from penstock.settings import OPTIONS
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(Struct, frozen=True):
     """One flag of Triton's server. `penstock` is ours of the same meaning, or None: then refused at start."""
 
     name: str

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TypeAlias
 
+from msgspec.structs import replace
 from penstock.errors import Kind, ServingError
 from penstock.job_api.changes import Changes, work
 from penstock.job_api.store import (

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from penstock import __version__
-from penstock.cli import main
+from penstock.cli import BLAS_THREADS, main, one_blas_thread
 from penstock.settings import OPTIONS
 from penstock.triton_flags import FLAGS
 
@@ -44,6 +44,22 @@ def test_serving_loads_neither_transport_of_grpc_before_one_is_chosen() -> None:
     script = f"import sys, penstock.cli, penstock.serve; print([name for name in {RARELY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_runtime_of_the_server_is_found_without_the_metadata_of_all_that_is_installed() -> None:
+    script = "import sys, penstock.runtime as r; r.find('ensemble', {}); print('importlib.metadata' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("given", "meanwhile"), [({}, "1"), ({BLAS_THREADS: "4"}, "4")])
+def test_numpys_blas_gets_one_thread_unless_the_environment_says_otherwise(
+    given: dict[str, str], meanwhile: str
+) -> None:
+    environment = dict(given)
+    with one_blas_thread(environment):
+        assert environment == {BLAS_THREADS: meanwhile}
+    assert environment == given
 
 
 def test_the_help_of_serve_has_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,12 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from time import monotonic_ns
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from penstock import messages
 from penstock.batching import DEPARTURES
 from penstock.errors import Kind, ServingError

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from penstock.errors import Kind, ServingError
 from penstock.job_api import store_sqlite
 from penstock.job_api.store import Request, State

@@ -6,12 +6,13 @@ import hashlib
 import hmac
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from msgspec.structs import replace
 from penstock.errors import Kind, ServingError
 from penstock.job_api.journal import Journal
 from penstock.job_api.store import Delivery, Job, Request, State

@@ -1,9 +1,8 @@
 """Models that call others see a version of each, and load after them."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from penstock.errors import Kind, ServingError
 from penstock.members import Called, Members, called, circle, dependents, last_first, levels, named
 from penstock.messages import JobContext, RequestedOutput, Sequence

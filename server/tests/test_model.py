@@ -3,10 +3,10 @@
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from penstock import messages
 from penstock.cache import ResponseCache
 from penstock.errors import Kind, ServingError

@@ -5,16 +5,16 @@ Neither knows models, threads or time: values in, calls and results out.
 
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from msgspec import Struct
 
 Value = TypeVar("Value")  # of a tensor; a graph moves them and never looks inside
 
 SINK = -1  # in the place of a step's number: whoever takes the outputs of the ensemble
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """One model of an ensemble, and which ensemble tensors it reads and writes."""
 
     number: int
@@ -105,8 +105,7 @@ def _longest(reader: int, paths: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return longest
 
 
-@dataclass(slots=True, eq=False)
-class Call(Generic[Value]):
+class Call(Struct, Generic[Value], eq=False):
     """A step that is to run, or runs. Compared by identity."""
 
     step: Step

@@ -1,8 +1,8 @@
 """The runtime of ensembles: checks a graph against the models that it names, and opens it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from msgspec import Struct
 from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.model_config import TensorSpec, signature
@@ -56,8 +56,7 @@ class EnsembleRuntime:
         return EnsembleInstance(config.name, files.version, graph, members, limit)
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
+class _End(Struct, frozen=True):
     """Where an ensemble tensor begins or ends: what a model says of it."""
 
     model: str

@@ -9,11 +9,11 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TypeAlias
 
+from msgspec import Struct
 from penstock.access import names, plain
 from penstock.errors import Kind, ServingError, WorkerLostError
 from penstock.messages import InferRequest, InferResponse
@@ -36,8 +36,7 @@ def delay_s(failures: int) -> float:
     return min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(failures - 1, 30))
 
 
-@dataclass(slots=True, eq=False)
-class Job:
+class Job(Struct, eq=False):
     """A request that was started. Owned by the watching thread; others only read `ended`."""
 
     number: int

@@ -16,11 +16,11 @@ import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import orjson
+from msgspec import Struct
 
 FRAME = struct.Struct("<II")  # bytes of the head, bytes of the body
 READ_BYTES = 1 << 18  # from the socket at a time
@@ -81,8 +81,7 @@ class Poller:
             os.eventfd_read(self._bell)
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Struct, frozen=True):
     """How a process is started: with one more argument, the number of its end of the socket."""
 
     arguments: Sequence[str]
@@ -90,16 +89,14 @@ class Command:
     environment: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     """A frame that came."""
 
     head: dict[str, Any]
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True):
     """Of output, without its end."""
 
     job: int  # the number of the job that printed it; 0 where that is not known

@@ -6,10 +6,10 @@ begins (messages `BatchInput` and `BatchOutput`). Padded inputs are filled up to
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from msgspec import Struct
 from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest
@@ -175,8 +175,7 @@ class Assembly(Rows):
         return [part.reshape(shape) for part, shape in zip(parts, wanted, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Computed:
+class _Computed(Struct, frozen=True):
     """An input that no request carries."""
 
     target: str

@@ -1,11 +1,11 @@
 """A session whose tensors lie on its device: one copy in, one copy out, on the instance's own stream; CUDA graphs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnxruntime
+from msgspec import Struct, field
 from penstock import pb, tensor
 from penstock.errors import Kind, ServingError
 from penstock.tensor import BY_ONNX_NAME, BYTES, Array, Datatype
@@ -72,8 +72,7 @@ def graph_sizes(config: pb.ModelConfig, defaults: Mapping[str, str]) -> tuple[in
     return tuple(sizes)
 
 
-@dataclass(slots=True)
-class _Graph:
+class _Graph(Struct):
     """What a captured graph knows by its address: it reads and writes where it did when it was captured."""
 
     bound: Any  # IOBinding

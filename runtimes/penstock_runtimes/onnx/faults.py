@@ -24,19 +24,16 @@ POISON = {
 }
 # ONNX Runtime writes `CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; …`, libraries below it also
 # `CUDA error 700` and `CUDA error: an illegal memory access was encountered`. Names stand in messages of extensions.
-_NUMBERED = re.compile(rf"CUDA (?:failure|error) ({'|'.join(map(str, POISON))})\b", re.IGNORECASE)
-_NAMED = re.compile(
-    "|".join([
-        *(name for name, _ in POISON.values()),
-        *(rf"CUDA (?:failure|error): {re.escape(text)}" for _, text in POISON.values()),
-    ]),
-    re.IGNORECASE,
-)  # fmt: skip
+_POISON = "|".join([
+    rf"CUDA (?:failure|error) (?:{'|'.join(map(str, POISON))})\b",
+    *(name for name, _ in POISON.values()),
+    *(rf"CUDA (?:failure|error): {re.escape(text)}" for _, text in POISON.values()),
+])  # fmt: skip
 
 
 def is_poison(text: str) -> bool:
     """Whether an error's text, of a run on a GPU, names one of these."""
-    return bool(_NUMBERED.search(text) or _NAMED.search(text))
+    return bool(re.search(_POISON, text, re.IGNORECASE))  # compiled when it is needed: that takes a millisecond
 
 
 class Context:

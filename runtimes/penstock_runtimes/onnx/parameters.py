@@ -1,8 +1,8 @@
 """The parameters of a model that this runtime reads, and their values' forms."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from msgspec import Struct
 from penstock import pb
 from penstock.errors import Kind, ServingError
 
@@ -27,8 +27,7 @@ BINDING = ("io_binding", "cuda_graph_batch_sizes", "arena_shrink_idle_ms")
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(Struct, frozen=True):
     """Texts by name, typed when they are read. `owner` is who a complaint names, such as `model 'simple'`."""
 
     owner: str

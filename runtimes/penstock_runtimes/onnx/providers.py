@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import importlib.metadata
 import importlib.util
 import io
 import threading
@@ -273,15 +272,16 @@ def prepare() -> None:
         onnxruntime.set_default_logger_severity(4)
 
 
-def installed_twice(version: Callable[[str], str] = importlib.metadata.version) -> str | None:
-    """A warning where both packages of ONNX Runtime are installed; None where one is.
+def installed_twice(folder: Path = Path(onnxruntime.__file__).parents[1]) -> str | None:
+    """A warning where both packages of ONNX Runtime are installed in `folder`, the one it was imported from.
 
-    `version` gives the version of a package or raises PackageNotFoundError.
+    None where one is.
     """
     found = []
-    for package in ("onnxruntime", "onnxruntime-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
+    for package in ("onnxruntime", "onnxruntime_gpu"):
+        for metadata in folder.glob(f"{package}-*.dist-info"):
+            version = metadata.name.removeprefix(f"{package}-").removesuffix(".dist-info")
+            found.append(f"{package.replace('_', '-')} {version}")
     if len(found) < 2:
         return None
     return (

@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
+from msgspec import Struct
+from msgspec.structs import replace
 from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.runtime import Host, Instance, ModelFiles, Placement
@@ -35,8 +36,7 @@ class Build(Protocol):
     ) -> tuple[Any, str]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Struct, frozen=True):
     """A session, the device that runs it, what it found in the file, and on a GPU its memory there."""
 
     session: Any

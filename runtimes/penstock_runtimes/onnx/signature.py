@@ -3,10 +3,11 @@
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.model_config import Note, controls, sequence_tensors, states, unheard
@@ -27,8 +28,7 @@ _KINDS = {"seq": "SEQUENCE", "map": "MAP", "optional": "OPTIONAL", "sparse_tenso
 _NUMBERS = {datatype: cast(pb.DataType, number) for number, datatype in DATATYPE_OF.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class OnnxTensor:
+class OnnxTensor(Struct, frozen=True):
     """An input or output of the file. A sequence of maps (ZipMap) counts as the tensor [rows, labels] it becomes."""
 
     name: str
@@ -44,8 +44,7 @@ class OnnxTensor:
         return tuple(axis if isinstance(axis, int) else -1 for axis in self.axes)
 
 
-@dataclass(frozen=True, slots=True)
-class OnnxSignature:
+class OnnxSignature(Struct, frozen=True):
     """All inputs and outputs of a file, in its order; `overridable` are initialisers that are graph inputs too."""
 
     inputs: dict[str, OnnxTensor]

@@ -2,9 +2,10 @@
 
 import hmac
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from penstock.auth.keys import Keys
 from penstock.errors import Kind, ServingError
@@ -34,8 +35,7 @@ class Category(Enum):
 ADMIN = (Category.SHARED_MEMORY, Category.MODEL_REPOSITORY, Category.TRACE, Category.LOGGING)
 
 
-@dataclass(frozen=True, slots=True)
-class Wording:
+class Wording(Struct, frozen=True):
     """How a door speaks of restricted groups: Triton's words."""
 
     flag: str

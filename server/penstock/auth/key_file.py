@@ -5,16 +5,16 @@ passwords, which can be guessed; here it would protect nothing, and cost millise
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from msgspec import Struct, structs
 
 from penstock.errors import Kind, ServingError
 
@@ -28,8 +28,7 @@ SCOPES = {
 ID_LENGTH = len("penstock_01234567")  # a key begins with its id, which is no secret
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(Struct, frozen=True):
     """What the file knows of a key. The fields are those of the file."""
 
     name: str
@@ -95,7 +94,7 @@ def edit(path: Path) -> Iterator[list[Key]]:
 
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
-    document = {"keys": [dataclasses.asdict(key) for key in keys]}
+    document = {"keys": [structs.asdict(key) for key in keys]}
     made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with open(made, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         try:

@@ -1,13 +1,14 @@
 """`penstock bench MODEL`: its options, and what it prints. Everything heavy is imported when it runs."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from msgspec import structs
 
 from penstock.client import access
 from penstock.errors import Kind, ServingError
@@ -149,7 +150,7 @@ def _target(arguments: argparse.Namespace, settings: Settings, protocol: str, st
         from penstock import in_process
         from penstock.bench.local import LocalTarget
 
-        settings = dataclasses.replace(settings, model_repository=(arguments.local,))
+        settings = structs.replace(settings, model_repository=(arguments.local,))
         engine = stack.enter_context(in_process.loaded(arguments.model, settings))
         return LocalTarget(engine, arguments.local)
     from penstock.bench.over_http import HttpTarget

@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from penstock.admission import Given, admit
 from penstock.bench.awaited import AwaitedCarrier

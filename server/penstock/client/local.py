@@ -1,8 +1,9 @@
 """The client without a server: the model runs in this process."""
 
-import dataclasses
 import threading
 from contextlib import ExitStack
+
+from msgspec import structs
 
 from penstock import in_process
 from penstock.admission import Given, admit
@@ -22,7 +23,7 @@ class Local:
     """
 
     def __init__(self, name: str, path: str, settings: Settings) -> None:
-        settings = dataclasses.replace(settings, model_repository=(path,))
+        settings = structs.replace(settings, model_repository=(path,))
         self._stack = ExitStack()
         self._engine = self._stack.enter_context(in_process.loaded(name, settings))
 
@@ -44,7 +45,7 @@ class Local:
             for tensor in request.inputs.values()
         ]
         admitted = admit(model.signature, request.id, given, request.outputs)
-        request = dataclasses.replace(request, version=model.version, inputs=admitted.inputs, rows=admitted.rows)
+        request = structs.replace(request, version=model.version, inputs=admitted.inputs, rows=admitted.rows)
         answer = Answer()
         self._engine.submit(model, request, answer)
         return answer.wait()

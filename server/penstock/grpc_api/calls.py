@@ -5,12 +5,12 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
+from msgspec import Struct
 
 from penstock.access import ID_LIMIT, Visit, names, plain
 from penstock.auth import Category, Guard
@@ -88,8 +88,7 @@ class Door:
             self.guard.check(category, call.find, keyless)
 
 
-@dataclass(slots=True)
-class Call:
+class Call(Struct):
     """What came beside the messages of one call."""
 
     metadata: Sequence[tuple[str, str | bytes]]  # keys in lower case
@@ -127,8 +126,7 @@ class Cancellable(Protocol):
     def cancel(self, reason: ServingError) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Unary(Generic[Request, Answer]):
+class Unary(Struct, Generic[Request, Answer], frozen=True):
     """A row: one request, one answer.
 
     `serve` runs on the event loop and calls `reply` there exactly once, now or later, unless it raises. What it
@@ -180,8 +178,7 @@ class Unary(Generic[Request, Answer]):
         reply(encoded)
 
 
-@dataclass(frozen=True, slots=True)
-class Stream(Generic[Request, Answer]):
+class Stream(Struct, Generic[Request, Answer], frozen=True):
     """A row: any number of messages either way. `serve` ends when it has answered and no more requests come.
 
     A client that goes away closes the iteration.

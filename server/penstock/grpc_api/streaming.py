@@ -3,10 +3,10 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 
 from google.protobuf.message import DecodeError
+from msgspec import Struct
 
 from penstock import pb
 from penstock.access import Visit
@@ -69,8 +69,7 @@ async def stream_infer(door: Door, bodies: AsyncIterator[Body], call: Call) -> A
         await asyncio.gather(hearing, stopping, return_exceptions=True)
 
 
-@dataclass(slots=True, eq=False)
-class Asked:
+class Asked(Struct, eq=False):
     """A request that has not been answered for the last time."""
 
     id: str

@@ -4,9 +4,8 @@ A message's bytes before its raw contents, without the id, name one `Template`: 
 A request that begins like an earlier one is then cut up, not parsed, and its raw contents stay where they are.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 
 from penstock import pb
 from penstock.grpc_api.bodies import Body
@@ -28,8 +27,7 @@ RAW, ID = _tag("raw_input_contents"), _tag("id")
 OTHERS = frozenset(map(_tag, ("model_name", "model_version", "parameters", "inputs", "outputs")))
 
 
-@dataclass(slots=True)
-class Parts:
+class Parts(Struct):
     """A message, cut up."""
 
     key: bytes
@@ -81,8 +79,7 @@ def cut(body: Body) -> Parts | None:
     return Parts(key, id, raw) if key is not None and at == end else None
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(Struct, frozen=True):
     """What the requests of one key have in common."""
 
     model: str

@@ -4,10 +4,11 @@ import asyncio
 import functools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 from urllib.parse import unquote_to_bytes
+
+from msgspec import Struct
 
 from penstock import oip_json
 from penstock.access import ID_LIMIT, Visit, as_header, new_id
@@ -66,18 +67,17 @@ class Door:
             self.guard.check(category, lambda name: headers.get(name.encode()), keyless)
 
 
-@dataclass(slots=True)
-class Head:
+class Head(Struct):
     """What came before the body, from `Door.head`. The method has been checked: it is POST."""
 
     model: str
     version: str  # "" where the path names none
     headers: Mapping[bytes, bytes]  # names in lower case
     # What they say, for one head may serve many requests.
-    given_id: bytes | None = field(init=False)
-    id: str = field(init=False)  # the same, as far as it is used
-    encoding: bytes | None = field(init=False)
-    json_bytes: int | None = field(init=False, default=UNREAD)  # before binary tensors; None where no header says so
+    given_id: bytes | None = None
+    id: str = ""  # the same, as far as it is used
+    encoding: bytes | None = None
+    json_bytes: int | None = UNREAD  # before binary tensors; None where no header says so
 
     def __post_init__(self) -> None:
         self.given_id = self.headers.get(REQUEST_ID)

@@ -5,13 +5,13 @@ and whatever waits for an answer before it, passes by on uvicorn's way.
 """
 
 import asyncio
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import httptools
 import numpy as np
 import uvicorn
+from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -38,8 +38,7 @@ POST = b"POST "
 Part: TypeAlias = bytes | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(Struct, frozen=True):
     """The head of a request that may take the lane."""
 
     head: Head

@@ -4,10 +4,10 @@ The JSON before binary tensors, without its id, names one `Template`: what readi
 with the same JSON is not read again, and its tensors are views of its body.
 """
 
-from dataclasses import dataclass, replace
-
 import numpy as np
 import orjson
+from msgspec import Struct
+from msgspec.structs import replace
 
 from penstock import oip_json
 from penstock.messages import InferRequest, InferResponse, RequestedOutput
@@ -22,8 +22,7 @@ COPIED_BYTES = 1024  # for so little, a copy costs less than a view
 ID = b'{"id":"'
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(Struct, frozen=True):
     """What the requests of one key have in common."""
 
     signature: Signature  # that their tensors were admitted by; another makes the template void

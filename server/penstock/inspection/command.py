@@ -1,9 +1,10 @@
 """The options of `penstock inspect`, and what it does."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
+
+from msgspec import structs
 
 from penstock.errors import Kind, ServingError
 from penstock.settings import Settings
@@ -49,4 +50,4 @@ def _locate(model: str, settings: Settings) -> tuple[Settings, str]:
         raise ServingError(
             Kind.INVALID, f"'{path}' holds {there}; name one with penstock inspect NAME --model-repository {path}"
         )
-    return dataclasses.replace(settings, model_repository=(model,)), names[0]
+    return structs.replace(settings, model_repository=(model,)), names[0]

@@ -3,9 +3,10 @@
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from penstock import model_config, pb, samples
 from penstock.members import HANDLER
@@ -19,8 +20,7 @@ MOST_LABELS = 5
 RUNNING = ("device", "threads", "inline", "rows of a request")  # choices that are no fields of the configuration
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """A model that an ensemble calls."""
 
     model: str
@@ -30,8 +30,7 @@ class Step:
     after: list[int]  # the steps whose tensors it waits for
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(Struct, frozen=True):
     """A loaded model, and where it came from."""
 
     model: Model

@@ -4,11 +4,11 @@ import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import parse_qsl, unquote
 
 import orjson
+from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from penstock import json_text
@@ -30,8 +30,7 @@ class GoneError(Exception):
     """The client went away before its request was complete."""
 
 
-@dataclass(slots=True)
-class Call:
+class Call(Struct):
     """One request to the job API."""
 
     verb: str
@@ -40,7 +39,7 @@ class Call:
     scope: Scope
     receive: Receive
     window: Window | None = None  # what is left of the rate it counts against
-    _gone: "asyncio.Task[None] | None" = field(default=None, repr=False)
+    _gone: "asyncio.Task[None] | None" = None
 
     @property
     def id(self) -> str:
@@ -89,8 +88,7 @@ class Call:
             self._gone.cancel()
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(Struct, frozen=True):
     """What a path asks for."""
 
     name: str  # under which its rate is limited

@@ -8,10 +8,10 @@ after a crash queues none twice.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from msgspec import Struct
 
 from penstock.errors import Kind, ServingError
 from penstock.job_api.desk import Desk, Order, new_id, now_ms
@@ -25,8 +25,7 @@ RESULTS_MS = 86_400_000  # and its jobs, from their end
 PAGE = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Struct, frozen=True):
     """What the store knows of a batch."""
 
     first: Job

@@ -5,10 +5,10 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import orjson
+from msgspec import Struct
 
 from penstock import oip_json
 from penstock.engine import Engine
@@ -29,8 +29,7 @@ Gone: TypeAlias = Callable[[], "asyncio.Future[None]"]  # gives what is done onc
 NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(Struct, frozen=True):
     """On which terms jobs are accepted: server options."""
 
     execution_ms: int
@@ -42,8 +41,7 @@ class Terms:
     allow_private: bool  # webhooks to private and loopback addresses
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(Struct, frozen=True):
     """A job as a client asks for it, checked but for its input."""
 
     endpoint: str

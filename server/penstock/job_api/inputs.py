@@ -4,12 +4,12 @@ import base64
 import binascii
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import orjson
+from msgspec import Struct
 
 from penstock import oip_json
 from penstock.admission import Given, fits
@@ -40,8 +40,7 @@ class FieldError(ServingError):
         return FieldError, (self.field, self.reason, self.code)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """A job that is ready to run on one version of its model."""
 
     model: Model

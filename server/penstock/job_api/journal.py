@@ -6,10 +6,11 @@ import logging
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import TypeAlias
+
+from msgspec import Struct
 
 LINES = 100  # of each job: one that says much drops its own first lines, and nobody else's
 JOBS = 500  # of each endpoint
@@ -17,8 +18,7 @@ MODELS = "penstock.model."  # loggers of what models print
 LEVELS = ("debug", "info", "warning", "error")
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True):
     """One thing that happened."""
 
     at_ms: int  # since the epoch

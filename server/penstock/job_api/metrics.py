@@ -1,8 +1,9 @@
 """Jobs and webhooks as Prometheus text, from the job store's counters when it is scraped."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from penstock.job_api.store import Counts, State
 
@@ -13,8 +14,7 @@ Attempts: TypeAlias = Mapping[tuple[str, str], int]  # by endpoint and result
 Series: TypeAlias = Iterable[tuple[str, float]]  # labels besides the model's, as they stand in the text; and the value
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """One metric of every endpoint."""
 
     name: str

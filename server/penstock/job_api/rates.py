@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from penstock.errors import Kind, ServingError
 
@@ -14,8 +15,7 @@ OPERATIONS = (
 MOST_WINDOWS = 100_000  # that are remembered; beyond, those that are over are forgotten
 
 
-@dataclass(slots=True)
-class Window:
+class Window(Struct):
     """What one caller has used of a rate."""
 
     limit: int

@@ -12,9 +12,10 @@ removes it, or keeps what its webhook carries until that is delivered or given u
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from penstock.access import names
 from penstock.errors import Kind, ServingError
@@ -40,8 +41,7 @@ class State(Enum):
         return self not in (State.IN_QUEUE, State.IN_PROGRESS)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """A job as it was accepted; never changes.
 
     `input` comes with claims, with deliveries and with a `whole` job, `passed` with claims only. Everywhere else both
@@ -69,8 +69,7 @@ class Request:
         return names(self.request_id, self.id)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A job as it stands."""
 
     request: Request
@@ -89,8 +88,7 @@ class Job:
     webhook_note: str = ""  # why the last attempt at its webhook failed
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(Struct, frozen=True):
     """Of one endpoint: exact for what waits and runs, since the store began for the rest.
 
     `retried` counts every return to the queue that is a new attempt: by `retry`, or because a worker was lost.
@@ -106,8 +104,7 @@ class Counts:
     accepted: int = 0  # by `add`
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """Who takes a job with the same commit that adds it, and for how long: a caller that waits and has a free slot."""
 
     worker: str
@@ -115,16 +112,14 @@ class Claim:
     spare: int = 0  # free slots besides: so many waiting jobs of the endpoint have one too, and none is overtaken
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """Some jobs of an endpoint, newest first (a retried one is new again), and how many there are."""
 
     jobs: Sequence[Job]
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunks:
+class Chunks(Struct, frozen=True):
     """What a generator has yielded: JSON values from index `start` on, and the state they were read in.
 
     Read in one step with the state: when `state` is final, no further chunk can appear.
@@ -135,16 +130,14 @@ class Chunks:
     values: Sequence[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(Struct, frozen=True):
     """A webhook that is due: the job as it ended, and which of WEBHOOK_ATTEMPTS this will be, from 1 on."""
 
     job: Job
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(Struct, frozen=True):
     """What a sweep changed: ids of jobs whose waiters should look again, and of running ones that must be stopped."""
 
     changed: Sequence[str] = ()

@@ -16,10 +16,11 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
+
+from msgspec import Struct
 
 from penstock.errors import Kind, ServingError
 from penstock.job_api.changes import Changes, work
@@ -207,22 +208,19 @@ LIST_BATCH = f"SELECT {COLUMNS}, {VALUE} {OF_BATCH} ORDER BY n DESC LIMIT :limit
 TOTAL_OF_BATCH = f"SELECT count(*) {OF_BATCH}"
 
 
-@dataclass(slots=True)
-class _Read:
+class _Read(Struct):
     run: Callable[[sqlite3.Connection], Any]
     future: "asyncio.Future[Any]"
 
 
-@dataclass(slots=True)
-class _Write:
+class _Write(Struct):
     """`run` raises ServingError before it has written anything, or not at all. It notes the keys that change."""
 
     run: "Callable[[sqlite3.Connection, _Keys], Any]"
     future: "asyncio.Future[Any]"
 
 
-@dataclass(slots=True)
-class _Add:
+class _Add(Struct):
     request: Request
     limit: int
     claim: Claim | None

@@ -10,10 +10,11 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import orjson
+from msgspec import Struct
+from msgspec.structs import replace
 
 from penstock import oip_json
 from penstock.access import Visit, plain
@@ -48,8 +49,7 @@ ENDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
+class Sizes(Struct, frozen=True):
     """Limits in bytes on a job's input and its result."""
 
     run: int
@@ -60,8 +60,7 @@ class Sizes:
         return self.runsync if id.startswith("sync-") else self.run
 
 
-@dataclass(slots=True)
-class Running:
+class Running(Struct):
     """A job under way here."""
 
     job: Job

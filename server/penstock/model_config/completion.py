@@ -1,8 +1,9 @@
 """What a configuration leaves open and the server fills in, without a look at the model file."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from penstock import pb
 from penstock.errors import Kind, ServingError
@@ -10,8 +11,7 @@ from penstock.errors import Kind, ServingError
 ENSEMBLE = "ensemble"  # the platform of a graph of models, which has no backend
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """A value that nobody stated, and why it was taken."""
 
     field: str  # its path in the configuration, such as `instance_group[0].count`, or a name of its own
@@ -26,8 +26,7 @@ def unheard(_field: str, _value: str | int, _reason: str) -> None:
     """The Note for those who need no reasons."""
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
+class Backend(Struct, frozen=True):
     """What the protocol says of a backend by its name."""
 
     platform: str

@@ -11,8 +11,9 @@ These are parameters of a model, and Penstock's own. They count where the backen
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from msgspec import Struct
 
 from penstock import pb
 from penstock.model_config.completion import BACKENDS
@@ -26,8 +27,7 @@ Stated: TypeAlias = dict[str, dict[str, dict[str, str]]]  # "pad" or "cut", tens
 Shape: TypeAlias = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Padding:
+class Padding(Struct, frozen=True):
     """An input whose requests share a batch though they differ in the length of one axis."""
 
     input: str
@@ -46,8 +46,7 @@ class Padding:
         return (*shape[: self.axis - 1], length, *shape[self.axis :])
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """An output with an axis as long as the padded one of an input."""
 
     output: str

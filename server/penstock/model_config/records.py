@@ -1,7 +1,8 @@
 """What the hot path reads of a configuration: frozen, and looked up by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from penstock import pb
 from penstock.model_config.padding import TRUTHS, Padding, paddings
@@ -12,8 +13,7 @@ DATATYPE_OF: dict[int, Datatype] = {pb.DataType.Value(name): row for name, row i
 SPLIT_OVERSIZED = "split_oversized"  # the parameter
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True):
     """An input or output of a model, as a client sees it."""
 
     name: str
@@ -24,8 +24,7 @@ class TensorSpec:
     optional: bool = False  # an input that a request may leave out
 
 
-@dataclass(frozen=True, slots=True)
-class Signature:
+class Signature(Struct, frozen=True):
     """All that a request must agree with. Inputs and outputs stand in the order of the configuration."""
 
     model: str
@@ -37,8 +36,7 @@ class Signature:
     sequences: bool = False  # whether every request belongs to one
 
 
-@dataclass(frozen=True, slots=True)
-class QueuePolicy:
+class QueuePolicy(Struct, frozen=True):
     """How requests of one priority level wait."""
 
     timeout_ns: int = 0  # in the queue; 0: none
@@ -47,8 +45,7 @@ class QueuePolicy:
     max_size: int = 0  # requests that wait; 0: any number
 
 
-@dataclass(frozen=True, slots=True)
-class BatchPolicy:
+class BatchPolicy(Struct, frozen=True):
     """What may run together, and how long it waits for more. Message `ModelDynamicBatching`."""
 
     max_rows: int  # of a batch
@@ -62,8 +59,7 @@ class BatchPolicy:
     paddings: tuple[Padding, ...] = ()  # of those that share a batch though one axis differs
 
 
-@dataclass(frozen=True, slots=True)
-class Resource:
+class Resource(Struct, frozen=True):
     """So much of something that an instance needs while it runs."""
 
     name: str
@@ -71,16 +67,14 @@ class Resource:
     everywhere: bool = False  # there is one pool for the server, and not one for each device
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimit:
+class RateLimit(Struct, frozen=True):
     """When an instance may run, where rates are limited. Message `ModelRateLimiter`."""
 
     resources: tuple[Resource, ...] = ()
     priority: int = 1  # 2 runs half as often as 1
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceGroup:
+class InstanceGroup(Struct, frozen=True):
     """Instances on one kind of device."""
 
     name: str

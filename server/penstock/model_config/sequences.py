@@ -1,10 +1,10 @@
 """What `sequence_batching` says: how sequences are scheduled, and what the model is told besides its inputs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
+from msgspec import Struct
 
 from penstock import pb
 from penstock.model_config.records import DATATYPE_OF
@@ -18,8 +18,7 @@ _MESSAGE = pb.ModelSequenceBatching.Control
 _FLAGS = (("int32_false_true", INT32), ("fp32_false_true", FP32), ("bool_false_true", BOOL))
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
+class Control(Struct, frozen=True):
     """An input that the server makes for each request: a flag, or the correlation id. One element per row."""
 
     name: str
@@ -40,8 +39,7 @@ class Control:
         return number if limits.min <= number <= limits.max else None
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct, frozen=True):
     """An output that the next request of the same sequence gets as an input."""
 
     input: str
@@ -51,8 +49,7 @@ class State:
     file: str = ""  # of the first value, below `initial_state/` in the model's directory; empty: zeros
 
 
-@dataclass(frozen=True, slots=True)
-class SequencePolicy:
+class SequencePolicy(Struct, frozen=True):
     """How the sequences of a stateful model share its instances. Message `ModelSequenceBatching`."""
 
     model: str

@@ -1,10 +1,10 @@
 """Which fields of a model configuration are honoured. One row each: documentation and refusals are read from it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 
 from google.protobuf.message import Message
+from msgspec import Struct
 
 from penstock import pb
 from penstock.errors import Kind, ServingError
@@ -16,8 +16,7 @@ class Support(Enum):
     REFUSED = "refused"
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(Struct, frozen=True):
     """A field by its path from `ModelConfig`. A row that is not done stands for everything below it too."""
 
     path: str
