@@ -31,11 +31,15 @@ FAMILIES = {
     "nv_inference_pending_request_count": "gauge",
     "nv_model_load_duration_secs": "gauge",
 }
+ON_GPU = re.compile(r'gpu_uuid="[^"]*",model=')
 SERIES = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\]|\\.)*",?)*)\})? (\S+)')
 
 
 def scrape(http: HttpClient) -> dict[str, float]:
-    """Every series by its name and labels as printed; every line must be one, or a comment."""
+    """Every series by its name and labels as printed; every line must be one, or a comment.
+
+    Of a model on GPUs, those of each of them together, without that label.
+    """
     found = {}
     for line in http.get("/metrics").body.decode().splitlines():
         if not line.startswith("#"):
@@ -43,7 +47,11 @@ def scrape(http: HttpClient) -> dict[str, float]:
             assert match, line
             assert line.rpartition(" ")[0] not in found, f"twice: {line}"
             found[line.rpartition(" ")[0]] = float(match[3])
-    return found
+    whole: dict[str, float] = {}
+    for name, value in found.items():
+        name = ON_GPU.sub("model=", name)
+        whole[name] = whole.get(name, 0) + value
+    return whole
 
 
 @clause("metrics.text")

@@ -14,10 +14,10 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 # Modules that the server or the checks import, by the package that brings each.
 NEEDED = {
-    "grpcio": "grpc", "hpack": "hpack", "httptools": "httptools", "ml_dtypes": "ml_dtypes", "numpy": "numpy",
-    "onnx": "onnx", "onnxruntime-gpu": "onnxruntime", "orjson": "orjson", "protobuf": "google.protobuf",
-    "msgspec": "msgspec", "pytest": "pytest", "python-rapidjson": "rapidjson", "starlette": "starlette", "tritonclient": "tritonclient",
-    "uvicorn": "uvicorn", "uvloop": "uvloop",
+    "grpcio": "grpc", "hpack": "hpack", "httptools": "httptools", "ml_dtypes": "ml_dtypes", "msgspec": "msgspec",
+    "numpy": "numpy", "onnx": "onnx", "onnxruntime-gpu": "onnxruntime", "orjson": "orjson",
+    "protobuf": "google.protobuf", "pytest": "pytest", "python-rapidjson": "rapidjson", "starlette": "starlette",
+    "tritonclient": "tritonclient", "uvicorn": "uvicorn", "uvloop": "uvloop",
 }  # fmt: skip
 
 

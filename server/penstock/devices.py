@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import uuid
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeAlias
@@ -40,6 +41,7 @@ class Gpu(Struct, frozen=True):
     name: str
     capability: str  # of computing, such as "9.0"
     memory_bytes: int
+    uuid: str = ""  # such as "GPU-a763c375-aefc-7f0c-76da-1c5554011402", as NVML has it; "" where the driver tells none
 
 
 class Driver(Struct, frozen=True):
@@ -95,10 +97,22 @@ def _gpu(library: Any, index: int) -> Gpu:
     for attribute in _COMPUTE_CAPABILITY:
         library.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
         capability.append(str(part.value))
-    return Gpu(index, name.value.decode(), ".".join(capability), size.value)
+    octets = ctypes.create_string_buffer(16)
+    unknown = library.cuDeviceGetUuid(octets, device)
+    known_as = "" if unknown else f"GPU-{uuid.UUID(bytes=octets.raw)}"
+    return Gpu(index, name.value.decode(), ".".join(capability), size.value, known_as)
+
+
+def gpu_count() -> int:
+    """CUDA devices that the NVIDIA driver shows to this process; 0 where there is no driver."""
+    return len(_gpus())
+
+
+def gpu_uuid(number: int) -> str:
+    """Of the GPU that this process knows by `number`, whatever NVML calls that; "" where the driver does not tell."""
+    return next((gpu.uuid for gpu in _gpus() if gpu.number == number), "")
 
 
 @cache
-def gpu_count() -> int:
-    """CUDA devices that the NVIDIA driver shows to this process; 0 where there is no driver."""
-    return len(driver().gpus)
+def _gpus() -> tuple[Gpu, ...]:
+    return driver().gpus

@@ -14,7 +14,7 @@ from penstock.model_config import RateLimit
 from penstock.overruns import Overruns, Track
 from penstock.queueing import Pending, Place, Queue, Scheduler, Seating, Source
 from penstock.rate import RateLimiter, Turn
-from penstock.runtime import PLENTY, Cancelled, Credit, Instance
+from penstock.runtime import PLENTY, Cancelled, Credit, Instance, gpu_number
 from penstock.statistics import Execution
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,15 @@ class Worker:
     """An instance, its thread and its place in the crew. All fields are owned by the crew's lock."""
 
     __slots__ = (
-        "gathered_ns", "handed", "idle_ns", "in_flight", "inline", "instance", "place", "source", "thread", "track",
-        "turn", "wake", "wakes_ns",
+        "gathered_ns", "gpu", "handed", "idle_ns", "in_flight", "inline", "instance", "place", "source", "thread",
+        "track", "turn", "wake", "wakes_ns",
     )  # fmt: skip
 
     def __init__(
         self, instance: Instance, source: Source, place: Place | None, lock: threading.Lock, track: Track
     ) -> None:
         self.instance = instance
+        self.gpu = gpu_number(instance.device)
         self.track = track  # of the runs that threads make on it which others wait for
         self.source = source  # which it takes its work from
         self.place = place  # the same, where it is this worker's alone
@@ -283,9 +284,9 @@ class Crew:
         ended_ns = monotonic_ns()
         told = result.computed if isinstance(result, InferResponse) else None
         if told is None:
-            times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns)
+            times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns, 0, worker.gpu)
         else:
-            times = Execution(told.input_ns, told.infer_ns, told.output_ns, started_ns, ended_ns)
+            times = Execution(told.input_ns, told.infer_ns, told.output_ns, started_ns, ended_ns, 0, worker.gpu)
         try:
             self._finish([pending], [result], times)
         finally:
@@ -344,7 +345,7 @@ class Crew:
             if worker.instance.streams:
                 self._start(worker, batch)
             else:
-                self._run(worker.instance, batch, monotonic_ns(), gathered_ns=worker.gathered_ns)
+                self._run(worker, batch, monotonic_ns(), gathered_ns=worker.gathered_ns)
             del batch  # else its tensors would live until the next one comes
             if self._rests_until_ns < NEVER_NS:
                 self._rest_no_more()
@@ -420,7 +421,7 @@ class Crew:
         started_ns = monotonic_ns()
         guard = self._overruns.begin(worker.track, started_ns)
         try:
-            elapsed_ns = self._run(worker.instance, [pending], started_ns, guard)
+            elapsed_ns = self._run(worker, [pending], started_ns, guard)
         finally:
             worker.track.since_ns = 0
             with self._lock:
@@ -461,7 +462,7 @@ class Crew:
 
     def _run(
         self,
-        instance: Instance,
+        worker: Worker,
         batch: list[Pending],
         started_ns: int,
         guard: Cancelled | None = None,
@@ -475,6 +476,7 @@ class Crew:
         wanted = self._still_wanted(batch, started_ns)
         if not wanted:
             return 0
+        instance = worker.instance
         try:
             unwanted = _unwanted(wanted) if guard is None else guard
             results = instance.execute([pending.request for pending in wanted], unwanted)
@@ -491,12 +493,13 @@ class Crew:
         if isinstance(results[0], ServingError) or (
             len(results) > 1 and any(isinstance(result, ServingError) for result in results)
         ):
-            times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns, gathered_ns)
+            times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns, gathered_ns, worker.gpu)
         else:
             ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
             times = Execution(
-                ready_ns - started_ns, came_ns - ready_ns, ended_ns - came_ns, started_ns, ended_ns, gathered_ns
-            )
+                ready_ns - started_ns, came_ns - ready_ns, ended_ns - came_ns, started_ns, ended_ns, gathered_ns,
+                worker.gpu,
+            )  # fmt: skip
         try:
             self._finish(wanted, results, times)
         finally:

@@ -7,18 +7,22 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
+from penstock import devices
 from penstock.cache import ResponseCache
 from penstock.engine import Engine
 from penstock.gpu_metrics import GpuMetrics
 from penstock.model import Model
 from penstock.process_metrics import ProcessMetrics
-from penstock.statistics import Duration, Histogram, Histograms, Recent, Statistics, Summaries
+from penstock.statistics import NO_GPU, Duration, Histogram, Histograms, Ran, Recent, Statistics, Summaries
 
 LAST = ("le", "quantile")
 CONTENT_TYPE = "text/plain; charset=utf-8"
+US, SECOND = 1000, 1e9  # nanoseconds
 
 Series: TypeAlias = tuple[str, dict[str, str], float | str]  # what is added to the family's name, further labels, value
-Read: TypeAlias = Callable[[Model], list[Series]]
+Uuid: TypeAlias = Callable[[int], str]  # of the GPU with that number; "" where it is not known
+Read: TypeAlias = Callable[[Model, Uuid], list[Series]]
+Part: TypeAlias = tuple[dict[str, str], set[int]]  # labels, and the GPUs that it is about; with NO_GPU, also all else
 Of: TypeAlias = Callable[[Model], bool]  # whether a model has a family
 
 
@@ -33,23 +37,49 @@ class Family(Struct, frozen=True):
 
 
 def _one(read: Callable[[Model], float]) -> Read:
-    return lambda model: [("", {}, read(model))]
+    return lambda model, _: [("", {}, read(model))]
 
 
-def _failures(model: Model) -> list[Series]:
+def _parts(counts: Statistics, uuid: Uuid) -> list[Part]:
+    """What ran on each GPU, and what is left: on the CPU, from the cache, or on GPUs whose UUID is not known."""
+    known = {number: name for number in counts.gpus if (name := uuid(number))}
+    parts: list[Part] = [({"gpu_uuid": name}, {number}) for number, name in known.items()]
+    if counts.elsewhere or len(known) < len(counts.gpus):
+        parts.append(({}, {NO_GPU, *counts.gpus} - known.keys()))
+    return parts
+
+
+def _share(counts: Statistics, gpus: set[int], read: Callable[[Ran], int]) -> int:
+    """What is read of a part. Never becomes less, as a difference of rounded numbers might."""
+    if NO_GPU not in gpus:
+        return sum(read(counts.gpus[number]) for number in gpus)
+    return read(counts) - sum(read(ran) for number, ran in counts.gpus.items() if number not in gpus)
+
+
+def _ran(read: Callable[[Ran], int], unit: int = 1) -> Read:
+    """Of what ran, apart for each GPU, in whole `unit`s of what is counted."""
+
+    def series(model: Model, uuid: Uuid) -> list[Series]:
+        counts = model.statistics
+        return [("", labels, _share(counts, gpus, read) // unit) for labels, gpus in _parts(counts, uuid)]
+
+    return series
+
+
+def _failures(model: Model, _: Uuid) -> list[Series]:
     return [("", {"reason": reason}, number) for reason, number in model.statistics.failures.items()]
 
 
 def _cached(read: Callable[[Model], float]) -> Read:
     """Of models that use the response cache only."""
-    return lambda model: [("", {}, read(model))] if model.caches else []
+    return lambda model, _: [("", {}, read(model))] if model.caches else []
 
 
-def _departures(model: Model) -> list[Series]:
+def _departures(model: Model, _: Uuid) -> list[Series]:
     return [("", {"reason": reason}, number) for reason, number in model.statistics.departures.items()]
 
 
-def _padded(model: Model) -> list[Series]:
+def _padded(model: Model, _: Uuid) -> list[Series]:
     """Of models that pad only."""
     parts = model.statistics.padded
     numbers = {"data": sum(part.data for part in parts), "padding": sum(part.padding for part in parts)}
@@ -61,7 +91,7 @@ def _histogram(
 ) -> Family:
     """A family of cumulative buckets, a sum and a count, in `unit`s of what is counted."""
 
-    def read(model: Model) -> list[Series]:
+    def read(model: Model, _: Uuid) -> list[Series]:
         histogram = choose(model.statistics.histograms)
         series: list[Series] = []
         below = 0
@@ -73,44 +103,68 @@ def _histogram(
     return Family(name, "histogram", help, read, option)
 
 
-def _summary(
-    name: str, help: str, choose: Callable[[Summaries], Recent], total: Callable[[Statistics], Duration], of: Of
-) -> Family:
-    """A family of quantiles over the last minute, in microseconds, and the sum and count of all there ever was."""
-
-    def read(model: Model) -> list[Series]:
-        counts = model.statistics
-        if counts.summaries is None or not of(model):
-            return []
-        quantiles = counts.summaries.quantiles
-        values = choose(counts.summaries).at(quantiles, time.monotonic_ns())
-        series: list[Series] = [
-            ("", {"quantile": f"{quantile:g}"}, _number(value))
-            for quantile, value in zip(quantiles, values, strict=True)
-        ]
-        duration = total(counts)
-        return [*series, ("_sum", {}, duration.ns // 1000), ("_count", {}, duration.count)]
-
-    return Family(name, "summary", help, read, "summary_latencies")
-
-
-def _number(ns: float) -> float | str:
-    """Whole microseconds; Prometheus's word where there are none."""
-    return "NaN" if math.isnan(ns) else int(ns) // 1000
-
-
 def _any(_model: Model) -> bool:
     return True
 
 
-SECOND = 1e9  # nanoseconds
+def _summary(
+    name: str, help: str, choose: Callable[[Summaries], Recent], total: Callable[[Ran], Duration], of: Of = _any
+) -> Family:
+    """A family of quantiles over the last minute, in microseconds, and the sum and count of all there ever was.
+
+    Of what ran, apart for each GPU.
+    """
+
+    def read(model: Model, uuid: Uuid) -> list[Series]:
+        counts = model.statistics
+        if counts.summaries is None or not of(model):
+            return []
+        series: list[Series] = []
+        for labels, gpus in _parts(counts, uuid):
+            number = _share(counts, gpus, lambda ran: total(ran).count)
+            ns = _share(counts, gpus, lambda ran: total(ran).ns)
+            series += _quantiles(counts.summaries, choose(counts.summaries), Duration(number, ns), labels, gpus)
+        return series
+
+    return Family(name, "summary", help, read, "summary_latencies")
+
+
+def _cache_summary(
+    name: str, help: str, choose: Callable[[Summaries], Recent], total: Callable[[Statistics], Duration]
+) -> Family:
+    """The same of the cache, of models that use it."""
+
+    def read(model: Model, _: Uuid) -> list[Series]:
+        counts = model.statistics
+        if counts.summaries is None or not model.caches:
+            return []
+        return _quantiles(counts.summaries, choose(counts.summaries), total(counts), {}, {NO_GPU})
+
+    return Family(name, "summary", help, read, "summary_latencies")
+
+
+def _quantiles(
+    kept: Summaries, recent: Recent, total: Duration, labels: dict[str, str], gpus: set[int]
+) -> list[Series]:
+    values = recent.at(kept.quantiles, time.monotonic_ns(), gpus)
+    series: list[Series] = [
+        ("", {**labels, "quantile": f"{quantile:g}"}, _number(value))
+        for quantile, value in zip(kept.quantiles, values, strict=True)
+    ]
+    return [*series, ("_sum", labels, total.ns // US), ("_count", labels, total.count)]
+
+
+def _number(ns: float) -> float | str:
+    """Whole microseconds; Prometheus's word where there are none."""
+    return "NaN" if math.isnan(ns) else int(ns) // US
+
 
 FAMILIES = (
     Family(
         "nv_inference_request_success",
         "counter",
         "Number of successful inference requests, all batch sizes",
-        _one(lambda model: model.statistics.success.count),
+        _ran(lambda ran: ran.success.count),
     ),
     Family(
         "nv_inference_request_failure",
@@ -122,47 +176,47 @@ FAMILIES = (
         "nv_inference_count",
         "counter",
         "Number of inferences performed (does not include cached requests)",
-        _one(lambda model: model.statistics.inference_count),
+        _ran(lambda ran: ran.inference_count),
     ),
     Family(
         "nv_inference_exec_count",
         "counter",
         "Number of model executions performed (does not include cached requests)",
-        _one(lambda model: model.statistics.execution_count),
+        _ran(lambda ran: ran.execution_count),
     ),
     Family(
         "nv_inference_request_duration_us",
         "counter",
         "Cumulative inference request duration in microseconds (includes cached requests)",
-        _one(lambda model: model.statistics.success.ns // 1000),
+        _ran(lambda ran: ran.success.ns, US),
         "counter_latencies",
     ),
     Family(
         "nv_inference_queue_duration_us",
         "counter",
         "Cumulative inference queuing duration in microseconds (includes cached requests)",
-        _one(lambda model: model.statistics.queue.ns // 1000),
+        _ran(lambda ran: ran.queue.ns, US),
         "counter_latencies",
     ),
     Family(
         "nv_inference_compute_input_duration_us",
         "counter",
         "Cumulative compute input duration in microseconds (does not include cached requests)",
-        _one(lambda model: model.statistics.compute_input.ns // 1000),
+        _ran(lambda ran: ran.compute_input.ns, US),
         "counter_latencies",
     ),
     Family(
         "nv_inference_compute_infer_duration_us",
         "counter",
         "Cumulative compute inference duration in microseconds (does not include cached requests)",
-        _one(lambda model: model.statistics.compute_infer.ns // 1000),
+        _ran(lambda ran: ran.compute_infer.ns, US),
         "counter_latencies",
     ),
     Family(
         "nv_inference_compute_output_duration_us",
         "counter",
         "Cumulative inference compute output duration in microseconds (does not include cached requests)",
-        _one(lambda model: model.statistics.compute_output.ns // 1000),
+        _ran(lambda ran: ran.compute_output.ns, US),
         "counter_latencies",
     ),
     Family(
@@ -181,50 +235,44 @@ FAMILIES = (
         "nv_inference_request_summary_us",
         "Summary of inference request duration in microseconds (includes cached requests)",
         lambda kept: kept.request,
-        lambda counts: counts.success,
+        lambda ran: ran.success,
         lambda model: not model.caches,
     ),
     _summary(
         "nv_inference_queue_summary_us",
         "Summary of inference queuing duration in microseconds (includes cached requests)",
         lambda kept: kept.queue,
-        lambda counts: counts.queue,
-        _any,
+        lambda ran: ran.queue,
     ),
     _summary(
         "nv_inference_compute_input_summary_us",
         "Cumulative compute input duration in microseconds (does not include cached requests)",
         lambda kept: kept.compute_input,
-        lambda counts: counts.compute_input,
-        _any,
+        lambda ran: ran.compute_input,
     ),
     _summary(
         "nv_inference_compute_infer_summary_us",
         "Cumulative compute inference duration in microseconds (does not include cached requests)",
         lambda kept: kept.compute_infer,
-        lambda counts: counts.compute_infer,
-        _any,
+        lambda ran: ran.compute_infer,
     ),
     _summary(
         "nv_inference_compute_output_summary_us",
         "Cumulative inference compute output duration in microseconds (does not include cached requests)",
         lambda kept: kept.compute_output,
-        lambda counts: counts.compute_output,
-        _any,
+        lambda ran: ran.compute_output,
     ),
-    _summary(
+    _cache_summary(
         "nv_cache_hit_summary_per_model",
         "Summary of cache hit counts/durations per model, in microseconds.",
         lambda kept: kept.cache_hit,
         lambda counts: counts.cache_hit,
-        lambda model: model.caches,
     ),
-    _summary(
+    _cache_summary(
         "nv_cache_miss_summary_per_model",
         "Summary of cache miss counts/durations per model, in microseconds.",
         lambda kept: kept.cache_miss,
         lambda counts: counts.cache_miss,
-        lambda model: model.caches,
     ),
     Family(
         "nv_cache_num_hits_per_model",
@@ -274,13 +322,13 @@ FAMILIES = (
         "penstock_model_memory_bytes",
         "gauge",
         "Main memory of a version's own processes",
-        lambda model: [("", {}, memory_bytes)] if (memory_bytes := model.memory_bytes) else [],
+        lambda model, _: [("", {}, memory_bytes)] if (memory_bytes := model.memory_bytes) else [],
     ),
     Family(
         "penstock_live_sequences",
         "gauge",
         "Sequences of a stateful model that have a slot",
-        lambda model: [] if model.sequencer is None else [("", {}, model.sequencer.live)],
+        lambda model, _: [] if model.sequencer is None else [("", {}, model.sequencer.live)],
     ),
     Family(
         "penstock_padded_elements_total",
@@ -328,12 +376,21 @@ FAMILIES = (
 )
 
 
-def render(engine: Engine, process: ProcessMetrics | None = None, gpus: GpuMetrics | None = None) -> bytes:
-    """Every metric that has a series, in Prometheus' text format; with those of process and GPUs where given."""
+def render(
+    engine: Engine,
+    process: ProcessMetrics | None = None,
+    gpus: GpuMetrics | None = None,
+    uuid: Uuid = devices.gpu_uuid,
+) -> bytes:
+    """Every metric that has a series, in Prometheus' text format; with those of process and GPUs where given.
+
+    `uuid` is asked for the names of GPUs that models run on, if GPUs are to be shown at all.
+    """
     kept = engine.lifecycle.cache
     shown = engine.settings.metrics_options()
     families = [family for family in FAMILIES if not family.option or shown[family.option]]
-    lines = (*_lines(families, engine.lifecycle.models()), *(_cache_lines(kept) if kept is not None else ()))
+    named = uuid if engine.settings.allow_gpu_metrics else lambda _: ""
+    lines = (*_lines(families, engine.lifecycle.models(), named), *(_cache_lines(kept) if kept is not None else ()))
     return "".join((*lines, process.render() if process else "", gpus.render() if gpus else "")).encode()
 
 
@@ -358,12 +415,12 @@ def _cache_lines(kept: ResponseCache) -> Iterator[str]:
         yield f"# HELP nv_cache_{name} {help}\n# TYPE nv_cache_{name} gauge\nnv_cache_{name} {read(kept)}\n"
 
 
-def _lines(families: list[Family], models: list[Model]) -> Iterator[str]:
+def _lines(families: list[Family], models: list[Model], uuid: Uuid) -> Iterator[str]:
     for family in families:
         head = f"# HELP {family.name} {family.help}\n# TYPE {family.name} {family.type}\n"
         for model in models:
             with model.statistics.lock:
-                series = family.read(model)
+                series = family.read(model, uuid)
             for suffix, labels, value in series:
                 yield f"{head}{family.name}{suffix}{{{_labels(model, labels)}}} {value}\n"
                 head = ""  # stands once, before the first series; a family without one has none

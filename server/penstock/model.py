@@ -20,9 +20,9 @@ from penstock.model_config import RateLimit, Signature, TensorSpec
 from penstock.queueing import Fifo, Missed, Pending, Scheduler
 from penstock.rate import RateLimiter
 from penstock.replies import InOrder, Whole
-from penstock.runtime import Instance, Measured, ModelFiles, Pads
+from penstock.runtime import Instance, Measured, ModelFiles, Pads, gpu_number
 from penstock.sequencing import Sequencer
-from penstock.statistics import FIRST_RESPONSE_MS, Execution, Histogram, Outcome, Statistics
+from penstock.statistics import FIRST_RESPONSE_MS, NO_GPU, Execution, Histogram, Outcome, Ran, Statistics
 from penstock.tensor import BYTES, Tensor, objects
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,16 @@ class Model:
         self.decoupled = loaded.config.model_transaction_policy.decoupled
         self.batching = model_config.batch_policy(loaded.config)
         pads = [instance.padded for instance in instances if isinstance(instance, Pads)]
-        self._statistics = Statistics(padded=tuple(padded for padded in pads if padded is not None))
+        self._cache = response_cache if loaded.config.response_cache.enable else None
+        gpus = {gpu_number(instance.device) for instance in instances}
+        self._statistics = Statistics(
+            gpus={gpu: Ran() for gpu in sorted(gpus - {NO_GPU})},
+            elsewhere=NO_GPU in gpus or self.caches,
+            padded=tuple(padded for padded in pads if padded is not None),
+        )
         self._blamed = "OTHER" if self.members else "BACKEND"  # for what instances answer: an ensemble computes nothing
         self._lose_device = lose_device
         self._statistics.histograms.first_response = Histogram(first_response_buckets(loaded.config))
-        self._cache = response_cache if loaded.config.response_cache.enable else None
         # A version that is loaded anew may answer otherwise, and so may one whose members are.
         self._fingerprint = cache.fingerprint(loaded.config, self.version) + next(_loads).to_bytes(8)
         sequencing = model_config.sequence_policy(loaded.config)

@@ -18,7 +18,7 @@ from penstock import pb
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse, RequestedOutput
 from penstock.model_config import Choice, Signature
-from penstock.statistics import Padded
+from penstock.statistics import NO_GPU, Padded
 from penstock.tensor import Tensor
 
 GROUP = "penstock.runtimes"
@@ -55,6 +55,11 @@ class Placement(Struct, frozen=True):
 
     def __str__(self) -> str:
         return "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
+
+
+def gpu_number(device: str) -> int:
+    """CUDA's number of the GPU in an instance's `device`; NO_GPU where that is none."""
+    return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else NO_GPU
 
 
 class Cancelled:

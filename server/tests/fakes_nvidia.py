@@ -1,5 +1,6 @@
 """NVIDIA's libraries, as functions over ctypes that behave as the real ones do."""
 
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,10 +8,17 @@ from typing import Any
 class FakeDriver:
     """libcuda.so.1, and libnvidia-ml.so.1 as far as it tells the version."""
 
-    def __init__(self, cuda: int, gpus: Sequence[tuple[str, int, tuple[int, int]]] = (), init_status: int = 0) -> None:
+    def __init__(
+        self,
+        cuda: int,
+        gpus: Sequence[tuple[str, int, tuple[int, int]]] = (),
+        init_status: int = 0,
+        uuids: Sequence[str] = (),
+    ) -> None:
         self.cuda = cuda  # as 12040 for 12.4
         self.gpus = gpus  # name, bytes, compute capability
         self.init_status = init_status
+        self.uuids = dict(enumerate(uuids))
 
     def cuDriverGetVersion(self, number: Any) -> int:  # noqa: N802 - the real one's name
         number._obj.value = self.cuda
@@ -43,6 +51,13 @@ class FakeDriver:
 
     def cuDeviceGetAttribute(self, number: Any, attribute: int, device: Any) -> int:  # noqa: N802
         number._obj.value = self.gpus[device.value][2][attribute - 75]
+        return 0
+
+    def cuDeviceGetUuid(self, octets: Any, device: Any) -> int:  # noqa: N802
+        name = self.uuids.get(device.value)
+        if name is None:
+            return 1
+        octets.raw = uuid.UUID(name.removeprefix("GPU-")).bytes
         return 0
 
     def nvmlInit_v2(self) -> int:  # noqa: N802

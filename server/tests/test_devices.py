@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from penstock.devices import DRIVER, NVML, Driver, Gpu, cpu_count, driver, gpu_count, within_quota
+from penstock.devices import DRIVER, NVML, Driver, Gpu, cpu_count, driver, gpu_count, gpu_uuid, within_quota
 
 from .fakes_nvidia import FakeDriver, loader
 
@@ -28,13 +28,16 @@ def test_this_process_has_a_core_and_no_more_than_its_affinity_allows() -> None:
 
 def test_gpus_are_counted_with_or_without_a_driver() -> None:
     assert gpu_count() >= 0
+    assert gpu_uuid(gpu_count()) == ""
 
 
-H200 = Gpu(0, "NVIDIA H200", "9.0", 143771 << 20)
+UUID = "GPU-a763c375-aefc-7f0c-76da-1c5554011402"
+H200 = Gpu(0, "NVIDIA H200", "9.0", 143771 << 20, UUID)
 
 
 def test_the_driver_tells_its_version_and_its_gpus() -> None:
-    fake = FakeDriver(13000, [("NVIDIA H200", 143771 << 20, (9, 0)), ("NVIDIA A100", 40 << 30, (8, 0))])
+    gpus = [("NVIDIA H200", 143771 << 20, (9, 0)), ("NVIDIA A100", 40 << 30, (8, 0))]
+    fake = FakeDriver(13000, gpus, uuids=[UUID])  # of the second it tells none
     shown = driver(loader({DRIVER: fake, NVML: fake}))
     assert shown == Driver("580.159.03", (13, 0), (H200, Gpu(1, "NVIDIA A100", "8.0", 40 << 30)))
 

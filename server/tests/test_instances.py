@@ -24,7 +24,7 @@ from penstock.queueing import Fifo, Pending, Scheduler, Seating
 from penstock.rate import RateLimiter
 from penstock.runtime import Cancelled, Instance, Reply
 from penstock.sequencing import Sequencer
-from penstock.statistics import Execution
+from penstock.statistics import NO_GPU, Execution
 
 from .fakes import (
     LIMIT_S,
@@ -759,6 +759,28 @@ def test_a_streamed_request_is_counted_with_its_final_reply() -> None:
     [times] = ledger.times
     assert (times.input_ns, times.output_ns) == (0, 0)
     assert times.infer_ns == times.ended_ns - times.started_ns > 0
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("cpu", NO_GPU), ("cuda:0", 0), ("cuda:11", 11)])
+def test_an_execution_says_which_gpu_it_ran_on(device: str, gpu: int) -> None:
+    def script(sent: InferRequest, reply: Reply, _cancelled: Cancelled) -> None:
+        answer = EchoInstance().answer(sent)
+        answer.computed = Phases(3, 40, 500) if sent.id else None
+        reply(answer)
+
+    def fail(batch: object) -> Sequence[Result]:
+        raise ServingError(Kind.INTERNAL, "broken")
+
+    ledger = Ledger()
+    streaming = StreamingInstance(script=script)
+    streaming.device = device
+    with crew(streaming, ledger=ledger) as made:
+        submit(made, 1, id="tells")[1].one()
+        submit(made, 1)[1].one()
+    for instance in (EchoInstance(device=device), ScriptedInstance(fail, device)):
+        with crew(instance, ledger=ledger) as made:
+            submit(made, 1)[1].one()
+    assert [times.gpu for times in ledger.times] == [gpu] * 4
 
 
 def test_the_phases_that_a_streamed_answer_tells_are_those_that_count() -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from penstock import control, gpu_metrics, pb
@@ -14,11 +15,11 @@ from penstock.job_api import metrics as job_metrics
 from penstock.messages import Sequence
 from penstock.metrics import CACHE_GAUGES, FAMILIES, render
 from penstock.process_metrics import ProcessMetrics
-from penstock.runtime import Host, Instance, ModelFiles, Placement
+from penstock.runtime import Host, Instance, ModelFiles, Placement, gpu_number
 from penstock.settings import Settings
-from penstock.statistics import Duration, Execution, Padded, Recent
+from penstock.statistics import NO_GPU, Duration, Execution, Padded, Recent
 
-from .fakes import LIMIT_S, Answers, EchoInstance, FakeRuntime, GatedInstance, request
+from .fakes import LIMIT_S, Answers, EchoInstance, FakeRuntime, GatedInstance, calling, request
 
 NAMES = [
     "nv_inference_request_success",
@@ -282,6 +283,179 @@ def test_the_statistics_extension_and_the_metrics_tell_the_same(tmp_path: Path) 
     assert sum(map(int, failures)) == counted["fail"]["count"] == 1
 
 
+UUIDS = {0: "GPU-a", 1: "GPU-b"}
+OF_RUNS = {  # families of what ran, for which each GPU has series of its own, and what a run of `ran` adds to each
+    "nv_inference_request_success": 1,
+    "nv_inference_count": 3,
+    "nv_inference_exec_count": 1,
+    "nv_inference_request_duration_us": 112,
+    "nv_inference_queue_duration_us": 2,
+    "nv_inference_compute_input_duration_us": 10,
+    "nv_inference_compute_infer_duration_us": 70,
+    "nv_inference_compute_output_duration_us": 30,
+}
+
+
+class Spreading(FakeRuntime):
+    """Puts the instances of the model `spread` on one device after the other."""
+
+    def __init__(self, *devices: str) -> None:
+        super().__init__()
+        self.devices = devices
+
+    def open(self, files: ModelFiles, config: pb.ModelConfig, place: Placement, host: Host | None) -> Instance:
+        instance = super().open(files, config, place, host)
+        if files.model == "spread":
+            instance.device = self.devices[len(self.instances) - 1]
+        return instance
+
+
+def spread(root: Path, runtime: Spreading, text: str = "", **options: Any) -> Engine:
+    """Serves `spread`, with an instance on each device, `plain` on the CPU, and `calls`, which calls `spread`."""
+    configured(root, "spread", f"instance_group {{ kind: KIND_CPU count: {len(runtime.devices)} }} {text}")
+    (root / "spread" / "1" / "model.txt").write_text("gated 2")
+    (root / "plain.onnx").write_text("scale 1")
+    (root / "calls" / "1").mkdir(parents=True)
+    (root / "calls" / "config.pbtxt").write_text(calling("spread").replace('"m"', '"calls"'))
+    settings = Settings(
+        model_repository=(str(root),), device="cpu", model_control_mode="explicit", load_model=("spread",), **options
+    )
+    made = Engine(settings, runtime.find)
+    made.lifecycle.start()
+    for name in ("plain", "calls"):
+        made.lifecycle.load(name)
+    return made
+
+
+def ran(gpu: int) -> Execution:
+    """Three phases of 10, 70 and 30 us."""
+    return Execution(10_000, 70_000, 30_000, started_ns=2_000, ended_ns=112_000, gpu=gpu)
+
+
+def of(text: str, model: str) -> dict[str, float]:
+    """The series of a model by their names and further labels."""
+    found = re.findall(rf'^(\w+)\{{(.*)model="{model}",(.*)version="1"(.*)\}} (\S+)$', text, re.MULTILINE)
+    return {name + "".join(labels): float(value) for name, *labels, value in found}
+
+
+def test_what_ran_on_a_gpu_bears_its_uuid_and_nothing_else_does(tmp_path: Path) -> None:
+    made = spread(tmp_path, Spreading("cuda:0", "cuda:1"))
+    counts = made.model("spread").statistics
+    for gpu in (0, 1, 1):
+        counts.executed([0], 3, ran(gpu))
+    counts.failed("BACKEND", 5)
+    text = render(made, uuid=UUIDS.__getitem__).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    found = of(text, "spread")
+    for family, value in OF_RUNS.items():
+        assert found[f'{family}gpu_uuid="GPU-a",'] == value
+        assert found[f'{family}gpu_uuid="GPU-b",'] == 2 * value
+        assert family not in found  # there is no more to tell
+    assert {name.partition("gpu_uuid")[0] for name in found if "gpu_uuid" in name} == set(OF_RUNS)
+    assert found['nv_inference_request_failurereason="BACKEND",'] == 1
+    assert {"nv_inference_pending_request_count", "nv_model_load_duration_secs"} <= found.keys()
+    assert found["penstock_batch_rows_sum"] == 9  # of the model, wherever it ran
+    for model in ("plain", "calls"):
+        assert OF_RUNS.keys() <= of(text, model).keys()
+        assert not any("gpu_uuid" in name for name in of(text, model))
+    assert 'nv_inference_count{gpu_uuid="GPU-a",model="spread",version="1"} 3\n' in text
+
+
+def test_series_of_gpus_are_there_before_anything_ran_and_sum_to_the_statistics_after(tmp_path: Path) -> None:
+    runtime = Spreading("cuda:0", "cuda:1")
+    made = spread(tmp_path, runtime)
+    before = of(render(made, uuid=UUIDS.__getitem__).decode(), "spread")
+    gates = [one for one in runtime.instances if isinstance(one, GatedInstance)]
+    asked = [Answers() for _ in gates]
+    for answers in asked:  # each of which keeps one instance busy
+        made.submit(made.model("spread"), request(), answers)
+    for gate in gates:
+        gate.wait_begun()
+    for gate in gates:
+        gate.gate.set()
+    for answers in asked:
+        answers.one()
+    found = of(render(made, uuid=UUIDS.__getitem__).decode(), "spread")
+    [told] = control.model_statistics(made, {"name": "spread"})["model_stats"]
+    assert made.lifecycle.stop(LIMIT_S)
+    labels = [f'gpu_uuid="{uuid}",' for uuid in UUIDS.values()]
+    assert [before[family + label] for family in OF_RUNS for label in labels] == [0] * 2 * len(OF_RUNS)
+    assert [found[f"nv_inference_exec_count{label}"] for label in labels] == [1, 1]
+    assert told["execution_count"] == told["inference_count"] == told["inference_stats"]["success"]["count"] == 2
+    us = sum(found[f"nv_inference_request_duration_us{label}"] for label in labels)
+    assert us == pytest.approx(told["inference_stats"]["success"]["ns"] / 1000, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "uuids", "without"),
+    [
+        (("cuda:0", "cuda:1"), {0: "GPU-a", 1: ""}, 2),
+        (("cuda:0", "cuda:1"), {0: "", 1: ""}, 3),
+        (("cuda:0", "cpu"), {0: "GPU-a"}, 2),
+    ],
+    ids=["one uuid", "no uuid", "on the cpu too"],
+)
+def test_what_has_no_uuid_is_one_series_without_the_label(
+    tmp_path: Path, devices: tuple[str, ...], uuids: dict[int, str], without: int
+) -> None:
+    made = spread(
+        tmp_path, Spreading(*devices), metrics_config=("summary_latencies=true", "summary_quantiles=0.5:0.05")
+    )
+    counts = made.model("spread").statistics
+    now_ns = time.monotonic_ns()
+    for gpu, us in ((0, 10), (gpu_number(devices[1]), 20), (gpu_number(devices[1]), 30)):
+        counts.executed([now_ns], 3, Execution(0, us * 1000, 0, now_ns, now_ns, gpu=gpu))
+    found = of(render(made, uuid=uuids.__getitem__).decode(), "spread")
+    made_without = of(render(made, uuid=lambda _: "").decode(), "spread")
+    assert made.lifecycle.stop(LIMIT_S)
+    summary = "nv_inference_compute_infer_summary_us"
+    assert found["nv_inference_exec_count"] == found[f"{summary}_count"] == without
+    assert found[f"{summary}_sum"] == found["nv_inference_compute_infer_duration_us"] == 20 + 30 + 10 * (without - 2)
+    assert found[f'{summary},quantile="0.5"'] == (30 if without == 2 else 20)
+    label = 'gpu_uuid="GPU-a",'
+    assert found.get(f"nv_inference_count{label}") == (3 if without == 2 else None)
+    assert found.get(f'{summary}{label},quantile="0.5"') == (10 if without == 2 else None)
+    assert made_without["nv_inference_exec_count"] == 3
+
+
+def test_what_the_cache_answered_is_of_no_gpu(tmp_path: Path) -> None:
+    made = spread(
+        tmp_path, Spreading("cuda:0"), text="response_cache { enable: true }", cache_config="local,size=10000"
+    )
+    counts = made.model("spread").statistics
+    counts.executed([0], 3, ran(0))
+    counts.missed(lookup_ns=5_000, insertion_ns=4_000)
+    for _ in range(2):
+        counts.hit(lookup_ns=7_000, queue_ns=1_000)
+    found = of(render(made, uuid=UUIDS.__getitem__).decode(), "spread")
+    assert made.lifecycle.stop(LIMIT_S)
+    for family, value in OF_RUNS.items():
+        assert found[f'{family}gpu_uuid="GPU-a",'] == value
+    assert [found[family] for family in OF_RUNS] == [2, 0, 0, 2 * 8 + 4, 2 * 1, 0, 0, 0]
+    assert [found[f"nv_cache_num_{what}_per_model"] for what in ("hits", "misses")] == [2, 1]
+
+
+def test_a_series_of_the_rest_never_becomes_less(tmp_path: Path) -> None:
+    made = spread(tmp_path, Spreading("cuda:0", "cpu"))
+    counts = made.model("spread").statistics
+    seen = []
+    for gpu, ns in ((NO_GPU, 1_900), (0, 900), (0, 100)):  # a whole us of the whole, and then one of the GPU
+        counts.executed([0], 1, Execution(0, ns, 0, 0, ns, gpu=gpu))
+        seen.append(of(render(made, uuid=UUIDS.__getitem__).decode(), "spread"))
+    assert made.lifecycle.stop(LIMIT_S)
+    assert [one["nv_inference_compute_infer_duration_us"] for one in seen] == [1, 1, 1]
+    assert [one['nv_inference_compute_infer_duration_usgpu_uuid="GPU-a",'] for one in seen] == [0, 0, 1]
+
+
+def test_without_metrics_of_gpus_no_series_bears_their_label(tmp_path: Path) -> None:
+    made = spread(tmp_path, Spreading("cuda:0"), allow_gpu_metrics=False)
+    made.model("spread").statistics.executed([0], 3, ran(0))
+    text = render(made, uuid=UUIDS.__getitem__).decode()
+    assert made.lifecycle.stop(LIMIT_S)
+    assert "gpu_uuid" not in text
+    assert of(text, "spread")["nv_inference_count"] == 3
+
+
 def configured(root: Path, name: str, text: str) -> None:
     (root / name / "1").mkdir(parents=True)
     (root / name / "1" / "model.txt").write_text("scale 1")
@@ -332,6 +506,13 @@ def test_the_dashboard_shows_every_metric() -> None:
     missing = [family.name for family in FAMILIES if family.name not in shown and not instead.fullmatch(family.name)]
     assert missing == []
     assert {name for name in OF_PROCESS | OF_JOBS | OF_GPUS if name not in shown} == set()
+
+
+def test_the_dashboard_adds_up_what_ran_on_several_gpus() -> None:
+    of_runs = [text for text in ASKED if any(family in text for family in OF_RUNS)]
+    assert len(of_runs) >= 4
+    for text in of_runs:
+        assert re.fullmatch(r"sum by \(model(, gpu_uuid)?\) \(rate\(\w+\{.*\}\[1m\]\)\)", text)
 
 
 def test_a_cache_is_shown_though_it_is_empty(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 
 import numpy as np
-from penstock.statistics import FOLDED, MS, Duration, Execution, Histogram, Recent, Statistics, Summaries
+from penstock.statistics import FOLDED, MS, NO_GPU, Duration, Execution, Histogram, Ran, Recent, Statistics, Summaries
 
 TIMES = Execution(input_ns=10, infer_ns=100, output_ns=40, started_ns=1000, ended_ns=1150)
 
@@ -85,6 +85,47 @@ def test_a_part_of_a_request_has_rows_and_the_request_the_phases_of_all() -> Non
         8: Duration(1, 100),
         3: Duration(1, 50),
     }
+
+
+def on(gpu: int, input_ns: int = 10) -> Execution:
+    """As TIMES, on that GPU."""
+    return Execution(input_ns, 100, 40, 1000, 1150, gpu=gpu)
+
+
+def test_what_ran_on_a_gpu_is_counted_there_and_in_the_whole() -> None:
+    counts = Statistics(gpus={0: Ran(), 3: Ran()})
+    counts.executed([900, 950], 3, on(0))
+    counts.executed([800], 1, on(3, input_ns=20))
+    counts.executed([900], 5, TIMES)
+    counts.executed([900], 2, on(0))
+    counts.fold()
+    durations = [Duration(3, 700), Duration(3, 250), Duration(3, 30), Duration(3, 300), Duration(3, 120)]
+    assert counts.gpus[0] == Ran(5, 2, *durations)
+    durations = [Duration(1, 350), Duration(1, 200), Duration(1, 20), Duration(1, 100), Duration(1, 40)]
+    assert counts.gpus[3] == Ran(1, 1, *durations)
+    assert (counts.inference_count, counts.execution_count, counts.success) == (11, 4, Duration(5, 700 + 350 + 250))
+    assert (counts.queue, counts.compute_input) == (Duration(5, 250 + 200 + 100), Duration(5, 30 + 20 + 10))
+
+
+def test_a_request_in_parts_counts_on_one_gpu_and_each_part_where_it_ran() -> None:
+    counts = Statistics(gpus={0: Ran(), 1: Ran()})
+    counts.executed([], 8, on(0))
+    counts.executed([], 3, on(1))
+    counts.joined(900, on(0))
+    counts.fold()
+    first, second = counts.gpus.values()
+    assert (first.inference_count, first.execution_count, first.success) == (8, 1, Duration(1, 250))
+    assert (second.inference_count, second.execution_count, second.success) == (3, 1, Duration())
+
+
+def test_what_the_cache_answers_is_of_no_gpu() -> None:
+    counts = Statistics(gpus={0: Ran()})
+    counts.executed([900], 1, on(0))
+    counts.hit(lookup_ns=20, queue_ns=5)
+    counts.missed(lookup_ns=30, insertion_ns=7)
+    counts.fold()
+    assert counts.success == Duration(2, 250 + 25 + 7)
+    assert counts.gpus[0].success == Duration(1, 250)
 
 
 def test_a_value_belongs_to_the_first_bound_that_it_does_not_exceed() -> None:
@@ -233,3 +274,16 @@ def test_quantiles_are_of_the_last_minute() -> None:
     assert recent.at([0, 0.5, 0.99, 1], now_ns=minute_ns) == [0, 5, 1000, 1000]
     assert recent.at([0, 0.5, 0.99, 1], now_ns=minute_ns + 1) == [0, 5, 9, 9]
     assert all(map(math.isnan, recent.at([0.5], now_ns=3 * minute_ns)))
+
+
+def test_quantiles_are_of_one_gpu_or_of_several_or_of_none() -> None:
+    counts = Statistics(gpus={0: Ran(), 1: Ran()}, summaries=Summaries((0.5,)))
+    now_ns = time.monotonic_ns()
+    for gpu, infer_ns in ((0, 10), (1, 20), (1, 30), (NO_GPU, 40)):
+        counts.executed([now_ns], 1, Execution(0, infer_ns, 0, now_ns, now_ns, gpu=gpu))
+    counts.fold()
+    assert counts.summaries is not None
+    seen = counts.summaries.compute_infer
+    medians = [seen.at((0.5,), now_ns, gpus) for gpus in ({0}, {1}, {NO_GPU}, {0, 1}, {2})]
+    assert medians[:4] == [[10], [30], [40], [20]]
+    assert math.isnan(medians[4][0])
