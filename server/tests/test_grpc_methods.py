@@ -547,15 +547,17 @@ def test_grpcio_s_server_tries_again_where_its_port_is_taken(caplog: pytest.LogC
         made = GrpcioServer(Door(Engine(settings)), settings)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            again = asyncio.create_task(made._listen_again("127.0.0.1", port))
+            again = asyncio.create_task(made._keep_serving(None, "127.0.0.1", port))
             await until(lambda: "gRPC is not served: cannot listen for gRPC on" in caplog.text)
-        server = await again
+        await until(lambda: made._server is not None)
+        assert made._server is not None
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 live = channel.unary_unary(f"/{SERVICE}/ServerLive", same, same)
                 assert pb.ServerLiveResponse.FromString(await live(b"")) == pb.ServerLiveResponse(live=False)
         finally:
-            await server.stop(None)
+            again.cancel()
+            await made._server.stop(None)
 
     run(test)
 

@@ -38,10 +38,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
         self._late = 0  # calls that have come since
 
     async def start(self, address: tuple[str, int]) -> int:
-        """Listen on (host, port) and return the port, which for port 0 is a free one.
-
-        Raises ServingError(UNAVAILABLE) where the address cannot be had.
-        """
+        """Listen on (host, port); gives the port, free for 0. Raises ServingError(UNAVAILABLE) where it is taken."""
         self._server, bound = await self._listen(*address)
         self._guard = asyncio.create_task(self._keep_serving(self._server, address[0], bound))
         return bound
@@ -52,38 +49,34 @@ class GrpcioServer(grpc.GenericRpcHandler):
         try:
             bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
-            raise ServingError(
-                Kind.UNAVAILABLE, f"cannot listen for gRPC on {host}:{port}: is the port in use already?"
-            ) from error
+            text = f"cannot listen for gRPC on {host}:{port}: is the port in use already?"
+            raise ServingError(Kind.UNAVAILABLE, text) from error
         await server.start()
         return server, bound
 
-    async def _keep_serving(self, server: grpc.aio.Server, host: str, port: int) -> None:
+    async def _keep_serving(self, server: grpc.aio.Server | None, host: str, port: int) -> None:
         """Serve on where grpcio has given up. Calls of the server that ended are cancelled."""
         while True:
             try:
+                if server is None:
+                    server, _ = await self._listen(host, port)
+                    self._server = server
                 await server.wait_for_termination(LOOK_S)
-            except Exception as error:
-                logger.error("grpcio's server ended, another takes its place", exc_info=error)
-                await server.stop(None)
-                self._server = server = await self._listen_again(host, port)
-
-    async def _listen_again(self, host: str, port: int) -> grpc.aio.Server:
-        """Try until the port can be had: whoever has taken it meanwhile may leave it."""
-        while True:
-            try:
-                server, _ = await self._listen(host, port)
-            except ServingError as error:
+            except ServingError as error:  # whoever has taken the port meanwhile may leave it
                 logger.error("gRPC is not served: %s", error.message)
                 await asyncio.sleep(LOOK_S)
-            else:
-                return server
+            except Exception as error:
+                logger.error("grpcio's server ended, another takes its place", exc_info=error)
+                if server is not None:
+                    await server.stop(None)
+                server = None
 
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more; give calls `grace_s` seconds to finish, then cancel them. Watches end at once."""
+        if self._server is None or self._guard is None:
+            return  # it never listened
         self._stopping = True
-        if self._guard is not None:
-            self._guard.cancel()
+        self._guard.cancel()
         for task in self._endless:
             task.cancel()
         # What comes while it shuts down, grpcio ends as CANCELLED, which clients do not try again: refuse it first.
@@ -91,8 +84,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
         while late < self._late and time.monotonic() < end_s:
             late = self._late
             await asyncio.sleep(QUIET_S)
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        await self._server.stop(grace_s)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
         """The handler of a path; None makes the call UNIMPLEMENTED."""
@@ -125,8 +117,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
 
     def _stream(self, row: Stream[Any, Any]) -> "grpc.RpcMethodHandler[bytes, bytes]":
         async def handle(bodies: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
-            task = asyncio.current_task()
-            if task is not None and not row.drains:
+            if not row.drains and (task := asyncio.current_task()):
                 self._endless.add(task)
                 task.add_done_callback(self._endless.discard)
             try:
