@@ -12,7 +12,7 @@ from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit
 from penstock.overruns import Overruns, Track
-from penstock.queueing import Pending, Place, Queue, Scheduler, Seating, Source
+from penstock.queueing import Fifo, Pending, Place, Queue, Scheduler, Seating, Source
 from penstock.rate import RateLimiter, Turn
 from penstock.runtime import PLENTY, Cancelled, Credit, Instance, gpu_number
 from penstock.statistics import Execution
@@ -116,6 +116,7 @@ class Crew:
         self._deadlines = Deadlines(f"{name}-deadlines", self._expired)
         self._overruns = Overruns(f"{name}-overruns")
         self._pinned = isinstance(scheduler, Seating)  # each request has its worker
+        self._in_turn = type(scheduler) is Fifo  # each leaves alone, and the first to come first
         if isinstance(scheduler, Seating):
             self._workers = [
                 Worker(instance, place, place, self._lock, self._overruns.track())
@@ -183,12 +184,17 @@ class Crew:
         with self._lock:
             if self._draining:
                 raise _stopping(pending)
-            self._scheduler.add(pending, now_ns)
+            is_short = request_bytes <= self._inline_bytes
+            if is_short and self._in_turn and self._idle and not len(self._scheduler):
+                claimed = self._idle.pop()  # it would be added and taken at once
+                claimed.inline = True
+            else:
+                self._scheduler.add(pending, now_ns)
+                if is_short and len(self._scheduler) == 1:
+                    claimed = self._claim(now_ns)
+                if claimed is None:
+                    self._queued(pending, now_ns)
             self._unfinished += 1
-            if request_bytes <= self._inline_bytes and len(self._scheduler) == 1:
-                claimed = self._claim(now_ns)
-            if claimed is None:
-                self._queued(pending, now_ns)
         if pending.warning:
             logger.warning("%s", pending.warning)
         if claimed:
@@ -427,7 +433,9 @@ class Crew:
             with self._lock:
                 worker.inline = False
                 if elapsed_ns > 0:
-                    self._count_ended(1)
+                    self._unfinished -= 1
+                    if self._draining and not self._unfinished:
+                        self._done.notify_all()
                 if elapsed_ns == OVERRAN:
                     worker.handed = [pending]
                     self._slow_runs = INLINE_SLOW_RUNS
@@ -473,8 +481,10 @@ class Crew:
         What runs inline has a `guard`, is over before its client could end it, and is left to the caller to be counted
         as ended. Where the guard ended it, OVERRAN is returned instead, and the request is still to be answered.
         """
-        wanted = self._still_wanted(batch, started_ns)
-        if not wanted:
+        first = batch[0]
+        if len(batch) == 1 and first.cancelled.reason is None and started_ns < (first.expires_ns or NEVER_NS):
+            wanted = batch
+        elif not (wanted := self._still_wanted(batch, started_ns)):
             return 0
         instance = worker.instance
         try:
@@ -522,8 +532,6 @@ class Crew:
 
     def _still_wanted(self, batch: list[Pending], now_ns: int) -> list[Pending]:
         """Those of the batch that somebody waits for; the others get their last reply here."""
-        if len(batch) == 1 and now_ns < (batch[0].expires_ns or NEVER_NS) and batch[0].cancelled.reason is None:
-            return batch
         wanted, unwanted = [], []
         for pending in batch:
             if pending.expires_ns and now_ns >= pending.expires_ns:
@@ -547,13 +555,9 @@ class Crew:
             if pending.expires_ns or pending.request.timeout_us:
                 self._deadlines.forget(pending)
         with self._lock:
-            self._count_ended(len(answered))
-
-    def _count_ended(self, number: int) -> None:
-        """So many requests have had their last reply. Holds the lock."""
-        self._unfinished -= number
-        if self._draining and not self._unfinished:
-            self._done.notify_all()
+            self._unfinished -= len(answered)
+            if self._draining and not self._unfinished:
+                self._done.notify_all()
 
 
 def _usage() -> resource.struct_rusage:

@@ -180,21 +180,14 @@ class Model:
         """The largest request, in bytes, that runs on the thread that brings it; -1 when none does."""
         return self._crew.inline_bytes
 
-    def submit(self, pending: Pending) -> None:
-        """Queue an admitted request, or run it at once. Raises ServingError if it cannot be accepted."""
-        if self._in_order is None:
-            self._accept(pending)
-            return
-        reply = pending.reply
-        pending.reply = slot = self._in_order.slot(reply)
-        try:
-            self._accept(pending)
-        except ServingError:
-            pending.reply = reply
-            self._in_order.withdraw(slot)
-            raise
+    def submit(self, pending: Pending, has_slot: bool = False) -> None:
+        """Queue an admitted request, or run it at once. Raises ServingError if it cannot be accepted.
 
-    def _accept(self, pending: Pending) -> None:
+        `has_slot` says that its answer has its place in the order of answers already, where they have one.
+        """
+        if self._in_order is not None and not has_slot:
+            self._submit_in_order(pending, self._in_order)
+            return
         request = pending.request
         if self._cache is not None and not self.draining and self._answered(pending, self._cache):
             return
@@ -204,6 +197,16 @@ class Model:
             self._crew.submit_all(whole.parts)
         else:
             self._crew.submit(pending, _size(request))
+
+    def _submit_in_order(self, pending: Pending, order: InOrder) -> None:
+        reply = pending.reply
+        pending.reply = slot = order.slot(reply)
+        try:
+            self.submit(pending, has_slot=True)
+        except ServingError:
+            pending.reply = reply
+            order.withdraw(slot)
+            raise
 
     @property
     def caches(self) -> bool:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Struct, field
 
@@ -62,15 +62,12 @@ def gpu_number(device: str) -> int:
     return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else NO_GPU
 
 
-class Cancelled:
+class Cancelled(Struct, eq=False, weakref=True):
     """Whether a request is still wanted. Set at most once, by any thread; true from then on."""
 
-    __slots__ = ("reason", "watchers")
-    _lock = threading.Lock()  # one for all: it is held for a few instructions, and a lock per request costs more
-
-    def __init__(self) -> None:
-        self.reason: ServingError | None = None
-        self.watchers: list[Callable[[], None]] | None = None  # to be called; written here alone
+    reason: ServingError | None = None
+    watchers: list[Callable[[], None]] | None = None  # to be called; written here alone
+    _lock: ClassVar = threading.Lock()  # one for all: it is held for few instructions, one per request costs more
 
     def __bool__(self) -> bool:
         return self.reason is not None

@@ -65,7 +65,7 @@ class OnnxInstance:
         self.outputs_came_ns = 0
         self._make_options = run_options or onnxruntime.RunOptions
         self._run_options = None if run_options is None else run_options()  # of runs that are not to be ended
-        self._unwanted: Cancelled | None = None  # what ends the runs of the options beside it
+        self._unwanted = Cancelled()  # what ends the runs of the options beside it
         self._ending_options: Any = None
         self._model = config.name
         self._batched = config.max_batch_size > 0
@@ -130,7 +130,7 @@ class OnnxInstance:
     def execute(
         self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
     ) -> Sequence[InferResponse | ServingError]:
-        options = self.options(unwanted)
+        options = self._ending_options if unwanted is self._unwanted else self.options(unwanted)
         if len(batch) == 1:
             return [self._run_one(batch[0], options)]
         if self._batched:

@@ -118,7 +118,7 @@ class Exchange:
         try:
             if self._visit is not None:
                 self._visit.request_bytes = len(body)
-            model = self._door.engine.model(self._head.model, self._head.version)
+            model = self._door.engine.lifecycle.get(self._head.model, self._head.version)
             if model.decoupled:
                 raise ServingError(
                     Kind.UNSUPPORTED, "HTTP end point doesn't support models with decoupled transaction policy"
@@ -157,7 +157,9 @@ class Exchange:
         if known is not None:
             request, self._forms = known
             request.id = self._id = request.id or self._id
-            self._run_on(model, request)
+            pending = door.engine.submit(model, request, self)
+            if not self.answered:
+                self._pending = pending
         elif _is_long(model, len(body), json_bytes):
             # Beside the event loop, which others wait for.
             reading = asyncio.get_running_loop().run_in_executor(None, self._read, model, body, json_bytes)

@@ -137,7 +137,15 @@ class LaneProtocol(LimitedProtocol):
                 return
             self.serve()
         size, known = len(data), self._lane.known
-        while at < size and self._is_next():
+        # While the bytes that come begin a request, and nothing is under way before it.
+        while at < size and not (
+            self._in_body
+            or self._in_head
+            or self._head_bytes
+            or self._refused
+            or self.flow.write_paused
+            or (self.cycle is not None and not self.cycle.response_complete)
+        ):
             begin = data.find(HEAD_END, at, at + KNOWN_HEAD_BYTES) + len(HEAD_END)
             if begin < len(HEAD_END):
                 break
@@ -170,17 +178,6 @@ class LaneProtocol(LimitedProtocol):
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
             self._in_body = False
             self._go_on()
-
-    def _is_next(self) -> bool:
-        """Whether the bytes that come begin a request, and nothing is under way before it."""
-        return not (
-            self._in_body
-            or self._in_head
-            or self._head_bytes
-            or self._refused
-            or self.flow.write_paused
-            or (self.cycle is not None and not self.cycle.response_complete)
-        )
 
     # -- what the parser finds
 
