@@ -27,10 +27,10 @@ class Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.thread = threading.get_ident()  # the loop's
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[Callable[[], object]] = deque()
         self._woken = False
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], object]) -> None:
         """Make `call` on the loop: at once if this is its thread, else soon."""
         if threading.get_ident() == self.thread:
             call()

@@ -483,13 +483,15 @@ class Crew:
         """
         first = batch[0]
         if len(batch) == 1 and first.cancelled.reason is None and started_ns < (first.expires_ns or NEVER_NS):
-            wanted = batch
-        elif not (wanted := self._still_wanted(batch, started_ns)):
+            wanted, requests = batch, [first.request]
+        elif wanted := self._still_wanted(batch, started_ns):
+            requests = [pending.request for pending in wanted]
+        else:
             return 0
         instance = worker.instance
         try:
             unwanted = _unwanted(wanted) if guard is None else guard
-            results = instance.execute([pending.request for pending in wanted], unwanted)
+            results = instance.execute(requests, unwanted)
             if len(results) != len(wanted):
                 raise ValueError(f"{len(results)} answers to {len(wanted)} requests")
         except Exception as error:  # noqa: BLE001 - whatever a runtime or user code raises fails this batch alone

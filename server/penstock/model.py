@@ -302,7 +302,10 @@ class Model:
                     answer.computed = times
                 else:
                     self._count_failure(answer, times.ended_ns - pending.arrived_ns, "OTHER")
-                _send(pending, answer)
+                try:
+                    pending.reply(answer)
+                except Exception as error:  # noqa: BLE001 - as in `_send`
+                    _not_sent(pending, error)
                 return
         answers: list[tuple[Pending, InferResponse | ServingError]] = []
         arrivals_ns: list[int] = []
@@ -396,10 +399,14 @@ def _send(pending: Pending, answer: InferResponse | ServingError) -> None:
     """Reply. One that fails is its receiver's loss: it must not cost others their answers, nor a worker its thread."""
     try:
         pending.reply(answer)
-    except Exception as error:
-        request = pending.request
-        id = plain(request.id or "<id_unknown>")
-        logger.error("model %s: the reply to request %s failed", request.model, id, exc_info=error, extra=request.names)
+    except Exception as error:  # noqa: BLE001 - it is logged
+        _not_sent(pending, error)
+
+
+def _not_sent(pending: Pending, error: Exception) -> None:
+    request = pending.request
+    id = plain(request.id or "<id_unknown>")
+    logger.error("model %s: the reply to request %s failed", request.model, id, exc_info=error, extra=request.names)
 
 
 def _size(request: InferRequest) -> int:

@@ -17,7 +17,7 @@ from penstock.engine import Engine, Mailbox, Result
 from penstock.errors import Kind, ServingError
 from penstock.forwarding import HeaderPattern
 from penstock.http_api import coding
-from penstock.http_api.answers import Answer, Body, Headers, Reply, answer, failed, failure, headers
+from penstock.http_api.answers import Answer, Headers, Reply, answer, failed, failure, headers
 from penstock.http_api.templates import Heads, Templates
 from penstock.messages import InferRequest
 from penstock.model import Model
@@ -196,11 +196,24 @@ class Exchange:
 
     def __call__(self, result: Result, final: bool = True, partial: bool = False) -> Credit:
         """The model's reply, on any thread."""
-        if final and not partial:
-            if get_ident() == self._mailbox.thread:
-                self._finish(result)
+        if not final or partial:
+            return PLENTY
+        if get_ident() != self._mailbox.thread:
+            self._mailbox.post(functools.partial(self, result))
+            return PLENTY
+        door = self._door
+        try:
+            if isinstance(result, ServingError):
+                raise result
+            json_bytes, buffers = door.heads.encode(result, self._forms, door.non_finite)
+            if (json_bytes is None or door.compression == "on") and self._deflates(json_bytes, buffers):
+                return PLENTY
+            if json_bytes is None:
+                self._answer(answer(200, buffers))
             else:
-                self._mailbox.post(functools.partial(self._finish, result))
+                self._answer((200, _binary_headers(json_bytes, sum(map(len, buffers))), buffers))
+        except Exception as error:  # noqa: BLE001 - as in `begin`
+            self._answer(failure(error, self._id))
         return PLENTY
 
     def _go_on(self, step: Callable[..., None], *arguments: Any) -> None:
@@ -210,27 +223,25 @@ class Exchange:
         except Exception as error:  # noqa: BLE001 - as above
             self._answer(failure(error, self._id))
 
-    def _finish(self, result: Result) -> None:
-        door = self._door
-        try:
-            if isinstance(result, ServingError):
-                raise result
-            json_bytes, buffers = door.heads.encode(result, self._forms, door.non_finite)
-            if door.compression == "on" or (
-                door.compression == "auto" and json_bytes is None and len(buffers[0]) > COMPRESSED_FROM
-            ):
-                chosen = coding.choose(self._head.headers.get(b"accept-encoding", b""))
-                if chosen != coding.IDENTITY:
-                    loop = asyncio.get_running_loop()
-                    deflating = loop.run_in_executor(None, coding.compress, buffers, chosen)
-                    deflating.add_done_callback(functools.partial(self._go_on, self._deflated, json_bytes, chosen))
-                    return
-            self._answer(_success(json_bytes, buffers))
-        except Exception as error:  # noqa: BLE001 - as above
-            self._answer(failure(error, self._id))
+    def _deflates(self, json_bytes: int | None, buffers: list[bytes | memoryview]) -> bool:
+        """Whether the answer is to be compressed, which has begun then."""
+        compression = self._door.compression
+        if compression == "off" or (compression == "auto" and len(buffers[0]) <= COMPRESSED_FROM):
+            return False
+        chosen = coding.choose(self._head.headers.get(b"accept-encoding", b""))
+        if chosen == coding.IDENTITY:
+            return False
+        deflating = asyncio.get_running_loop().run_in_executor(None, coding.compress, buffers, chosen)
+        deflating.add_done_callback(functools.partial(self._go_on, self._deflated, json_bytes, chosen))
+        return True
 
     def _deflated(self, json_bytes: int | None, chosen: bytes, deflating: "asyncio.Future[bytes]") -> None:
-        self._answer(_success(json_bytes, [deflating.result()], (b"content-encoding", chosen)))
+        body = deflating.result()
+        encoding = (b"content-encoding", chosen)
+        if json_bytes is None:
+            self._answer(answer(200, [body], encoding))
+        else:
+            self._answer((200, [*_binary_headers(json_bytes, len(body)), encoding], [body]))
 
     def _answer(self, answer: Answer) -> None:
         if not self.answered:
@@ -284,15 +295,9 @@ def serve_infer(
     return None if exchange.answered else exchange
 
 
-def _success(json_bytes: int | None, body: Body, *headers: tuple[bytes, bytes]) -> Answer:
-    if json_bytes is None:
-        return answer(200, body, *headers)
-    known = _binary_headers(json_bytes, sum(map(len, body)))
-    return 200, [*known, *headers], body
-
-
 @functools.lru_cache(1024)
 def _binary_headers(json_bytes: int, length: int) -> Headers:
+    """Not to be changed: most answers share them with earlier ones."""
     return headers(length, (BEFORE, b"%d" % json_bytes), content_type=b"application/octet-stream")
 
 

@@ -5,6 +5,7 @@ and whatever waits for an answer before it, passes by on uvicorn's way.
 """
 
 import asyncio
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -280,35 +281,43 @@ class LaneProtocol(LimitedProtocol):
         self._held = self._exchange = None
         if held is None:
             self._served_s = self.loop.time()
-            self._write(status, headers, body, self._keep_alive and not self._parting)
-        elif not held.disconnected:
+            keep_alive = self._keep_alive and not self._parting
+        elif held.disconnected:
+            return
+        else:
             held.response_complete = True
-            self._write(status, headers, body, held.keep_alive)
-            self.on_response_complete()
-
-    def _write(self, status: int, headers: Headers, body: Body, keep_alive: bool) -> None:
+            keep_alive = held.keep_alive
+        parts, size = (_head(status, tuple(headers), keep_alive), *body), sum(map(len, body))
         soon = keep_alive and len(self.connections) > FEW
-        if soon and not self._unsent:
-            self._lane.flush_soon(self)
-        self._unsent += (_head(status, tuple(headers), keep_alive), *body)
-        self._unsent_bytes += sum(map(len, body))
-        if not soon or self._unsent_bytes > UNSENT_BYTES:
-            self.flush()  # then the transport says whether it has enough
+        if soon or self._unsent:
+            if not self._unsent:
+                self._lane.flush_soon(self)
+            self._unsent += parts
+            self._unsent_bytes += size
+            if not soon or self._unsent_bytes > UNSENT_BYTES:
+                self.flush()  # then the transport says whether it has enough
+        else:
+            self._send(parts, size)
         if not keep_alive:
             self._refused = True
             self.transport.close()
+        if held is not None:
+            self.on_response_complete()
 
     def flush(self) -> None:
         """Send what there is to send. Called before anything else is written, and before the transport closes."""
-        parts, size = self._unsent, self._unsent_bytes
-        if parts:
+        if self._unsent:
+            parts, size = self._unsent, self._unsent_bytes
             self._unsent, self._unsent_bytes = [], 0
-            if self.transport.is_closing():
-                return
-            if size < JOIN_BYTES:
-                self.transport.write(b"".join(parts))
-            else:
-                self.transport.writelines(parts)
+            self._send(parts, size)
+
+    def _send(self, parts: Sequence[Part], size: int) -> None:
+        if self.transport.is_closing():
+            return
+        if size < JOIN_BYTES:
+            self.transport.write(b"".join(parts))
+        else:
+            self.transport.writelines(parts)
 
     def _leave(self) -> None:
         self.flush()
