@@ -67,8 +67,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
                 await asyncio.sleep(LOOK_S)
             except Exception as error:
                 logger.error("grpcio's server ended, another takes its place", exc_info=error)
-                if server is not None:
-                    await server.stop(None)
+                await (asyncio.sleep(LOOK_S) if server is None else server.stop(None))
                 server = None
 
     async def stop(self, grace_s: float) -> None:
