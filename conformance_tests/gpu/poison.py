@@ -80,7 +80,7 @@ def ask(engine: Engine, name: str) -> Any:
 
     [(key, array)] = inputs("small", Sizes(), 1).items()
     request = InferRequest(name, "", "", {key: Tensor(key, FP32, array)}, {}, rows=1)
-    engine.model(name).submit(Pending(request, reply, Cancelled(), 0))
+    engine.model(name).submit(Pending(request, reply, Cancelled(), 0, 0))
     assert answered.wait(LIMIT_S), "no answer came"
     return answers[0]
 

@@ -78,7 +78,7 @@ def _ask(engine: Engine, name: str, sizes: Sizes) -> None:
         answered.set()
         return PLENTY
 
-    model.submit(Pending(InferRequest(name, "", "", tensors, {}, rows=rows), reply, Cancelled(), 0))
+    model.submit(Pending(InferRequest(name, "", "", tensors, {}, rows=rows), reply, Cancelled(), 0, 0))
     assert answered.wait(LIMIT_S), "no answer came"
     if failures:
         raise failures[0]

@@ -87,7 +87,7 @@ class Served:
         array = np.array([values], np.float32)
         sent = InferRequest(name, "", "r", {"X": Tensor("X", FP32, array)}, {}, rows=1)
         answers = Answers()
-        self.models[name].submit(Pending(sent, answers, Cancelled(), monotonic_ns()))
+        self.models[name].submit(Pending(sent, answers, Cancelled(), monotonic_ns(), 0))
         answers.until_last()
         for made in self.models.values():
             made.statistics.fold()

@@ -61,7 +61,7 @@ def chain(path: Path, operators: list[str], axes: list[str | int | None], *, opt
 
 
 def sent(inputs: dict[str, NDArray[np.float32]], outputs: list[str]) -> Pending:
-    return Pending(request(inputs, outputs), lambda result, final=True, partial=False: PLENTY, Cancelled(), 0)
+    return Pending(request(inputs, outputs), lambda result, final=True, partial=False: PLENTY, Cancelled(), 0, 0)
 
 
 def share_batches(instance: OnnxInstance, text: str, waiting: list[Pending]) -> int:

@@ -92,7 +92,7 @@ class Engine:
         Where `model` was replaced since it was looked up, its successor runs the request, if it has the same signature.
         Raises ServingError if the request cannot be accepted; then `reply` is never called.
         """
-        pending = Pending(request, reply, Cancelled(), time.monotonic_ns())
+        pending = Pending(request, reply, Cancelled(), time.monotonic_ns(), request.deadline_ns)
         while True:
             try:
                 model.submit(pending)

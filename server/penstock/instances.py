@@ -3,7 +3,7 @@
 import logging
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from time import monotonic_ns
 
 from penstock.access import plain
@@ -11,7 +11,7 @@ from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit
-from penstock.overruns import Overruns, Track
+from penstock.overruns import OVERRUN, Overruns, Track
 from penstock.queueing import Fifo, Pending, Place, Queue, Scheduler, Seating, Source
 from penstock.rate import RateLimiter, Turn
 from penstock.runtime import PLENTY, Cancelled, Credit, Instance, gpu_number
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 INLINE_LIMIT_NS = 100_000  # a hand-off to a worker and back was measured at 29 to 128 us per request
 INLINE_ENDS_NS = 200_000  # INLINE_SLOW_RUNS longer than this, and the model goes to its workers from then on
 NEVER_NS = 2**63  # later than any time
-OVERRAN = -1  # stands for the time of a run that was ended, because others wait for its thread
 LOOK_S = 0.1  # how late it is found that an instance which could run nothing can again: it tells nobody
 INLINE_STALLS_NS = (
     20_000_000  # for another thread to let go of the interpreter, a run may wait 5 ms, or a few times that
@@ -117,6 +116,7 @@ class Crew:
         self._overruns = Overruns(f"{name}-overruns")
         self._pinned = isinstance(scheduler, Seating)  # each request has its worker
         self._in_turn = type(scheduler) is Fifo  # each leaves alone, and the first to come first
+        self._waiting: Sized = scheduler.waiting if isinstance(scheduler, Fifo) else scheduler
         if isinstance(scheduler, Seating):
             self._workers = [
                 Worker(instance, place, place, self._lock, self._overruns.track())
@@ -184,8 +184,8 @@ class Crew:
         with self._lock:
             if self._draining:
                 raise _stopping(pending)
-            is_short = request_bytes <= self._inline_bytes
-            if is_short and self._in_turn and self._idle and not len(self._scheduler):
+            is_short = request_bytes <= self._inline_bytes and (not pending.expires_ns or now_ns < pending.expires_ns)
+            if is_short and self._in_turn and self._idle and not len(self._waiting):
                 claimed = self._idle.pop()  # it would be added and taken at once
                 claimed.inline = True
             else:
@@ -351,7 +351,7 @@ class Crew:
             if worker.instance.streams:
                 self._start(worker, batch)
             else:
-                self._run(worker, batch, monotonic_ns(), gathered_ns=worker.gathered_ns)
+                self._run(worker, batch)
             del batch  # else its tensors would live until the next one comes
             if self._rests_until_ns < NEVER_NS:
                 self._rest_no_more()
@@ -422,44 +422,60 @@ class Crew:
         return source.take(now_ns)
 
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
-        elapsed_ns = 1  # whatever happens, then it has been answered
+        """Execute and reply, here and now; but hand to the worker what is ended because others wait for this thread."""
+        handed = False
         before = _usage() if self._slow_runs else None
-        started_ns = monotonic_ns()
-        guard = self._overruns.begin(worker.track, started_ns)
+        instance, track = worker.instance, worker.track
+        started_ns = ended_ns = monotonic_ns()
+        guard = self._overruns.begin(track, started_ns)
         try:
-            elapsed_ns = self._run(worker, [pending], started_ns, guard)
+            try:
+                [result] = instance.execute([pending.request], guard)
+            except Exception as error:  # noqa: BLE001 - as in `_run`
+                handed = bool(guard)
+                result = OVERRUN if handed else _failure(error, pending)
+            ended_ns = monotonic_ns()
+            if not handed:
+                ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
+                if isinstance(result, ServingError):
+                    ready_ns, came_ns = started_ns, ended_ns
+                times = Execution(
+                    ready_ns - started_ns, came_ns - ready_ns, ended_ns - came_ns, started_ns, ended_ns, 0, worker.gpu
+                )
+                self._finish((pending,), (result,), times)
         finally:
-            worker.track.since_ns = 0
+            track.since_ns = 0
+            elapsed_ns = ended_ns - started_ns
             with self._lock:
                 worker.inline = False
-                if elapsed_ns > 0:
+                if handed:
+                    worker.handed = [pending]
+                    self._stop_inline(NEVER_NS)
+                else:
                     self._unfinished -= 1
                     if self._draining and not self._unfinished:
                         self._done.notify_all()
-                if elapsed_ns == OVERRAN:
-                    worker.handed = [pending]
-                    self._slow_runs = INLINE_SLOW_RUNS
-                elif elapsed_ns <= INLINE_ENDS_NS:
-                    self._slow_runs = 0
-                elif before is None or _was_slow(before, _usage(), elapsed_ns):
-                    self._slow_runs += 1
-                if worker.place is not None and not worker.handed:
-                    worker.place.done(monotonic_ns())
-                if self._slow_runs == INLINE_SLOW_RUNS:
-                    self._stop_inline(elapsed_ns)
-                if self._closed or worker.handed or len(self._scheduler):
+                    if worker.place is not None:
+                        worker.place.done(monotonic_ns())
+                    if elapsed_ns <= INLINE_ENDS_NS:
+                        self._slow_runs = 0
+                    elif before is None or _was_slow(before, _usage(), elapsed_ns):
+                        self._slow_runs += 1
+                        if self._slow_runs == INLINE_SLOW_RUNS:
+                            self._stop_inline(ended_ns + self._rests_ns)
+                if self._closed or handed or len(self._waiting):
                     worker.wake.notify()  # its own thread ends, or looks at what there is to do
                 else:
                     self._idle.append(worker)
                     worker.idle_ns = monotonic_ns()
 
-    def _stop_inline(self, elapsed_ns: int) -> None:
-        """Run nothing inline any more: for a while, or for ever after a run that others waited for. Holds the lock."""
+    def _stop_inline(self, until_ns: int) -> None:
+        """Run nothing inline for a while, or for ever after a run that others waited for. Holds the lock."""
         logger.info("model %s runs too long for the threads that bring its requests", self._name)
-        if elapsed_ns == OVERRAN:
+        if until_ns == NEVER_NS:
             self._rests_until_ns = NEVER_NS
         elif self._inline_bytes >= 0:
-            self._resting_bytes, self._rests_until_ns = self._inline_bytes, monotonic_ns() + self._rests_ns
+            self._resting_bytes, self._rests_until_ns = self._inline_bytes, until_ns
             self._rests_ns = min(2 * self._rests_ns, INLINE_RESTS_MOST_NS)
         self._inline_bytes, self._slow_runs = -1, 0
 
@@ -468,56 +484,40 @@ class Crew:
             if monotonic_ns() >= self._rests_until_ns:
                 self._inline_bytes, self._rests_until_ns = self._resting_bytes, NEVER_NS
 
-    def _run(
-        self,
-        worker: Worker,
-        batch: list[Pending],
-        started_ns: int,
-        guard: Cancelled | None = None,
-        gathered_ns: int = 0,
-    ) -> int:
-        """Execute and reply; returns the nanoseconds that took.
-
-        What runs inline has a `guard`, is over before its client could end it, and is left to the caller to be counted
-        as ended. Where the guard ended it, OVERRAN is returned instead, and the request is still to be answered.
-        """
+    def _run(self, worker: Worker, batch: list[Pending]) -> None:
+        """Execute and reply."""
+        started_ns = monotonic_ns()
         first = batch[0]
         if len(batch) == 1 and first.cancelled.reason is None and started_ns < (first.expires_ns or NEVER_NS):
             wanted, requests = batch, [first.request]
         elif wanted := self._still_wanted(batch, started_ns):
             requests = [pending.request for pending in wanted]
         else:
-            return 0
+            return
         instance = worker.instance
         try:
-            unwanted = _unwanted(wanted) if guard is None else guard
-            results = instance.execute(requests, unwanted)
+            results = instance.execute(requests, _unwanted(wanted))
             if len(results) != len(wanted):
                 raise ValueError(f"{len(results)} answers to {len(wanted)} requests")
         except Exception as error:  # noqa: BLE001 - whatever a runtime or user code raises fails this batch alone
-            if guard:
-                return OVERRAN
             if all(pending.cancelled for pending in wanted):  # then it ended as it was told to
                 results = [pending.cancelled.reason or _failure(error, pending) for pending in wanted]
             else:
                 results = [_failure(error, *wanted)] * len(wanted)
         ended_ns = monotonic_ns()
+        ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
         if isinstance(results[0], ServingError) or (
             len(results) > 1 and any(isinstance(result, ServingError) for result in results)
         ):
-            times = Execution(0, ended_ns - started_ns, 0, started_ns, ended_ns, gathered_ns, worker.gpu)
-        else:
-            ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
-            times = Execution(
-                ready_ns - started_ns, came_ns - ready_ns, ended_ns - came_ns, started_ns, ended_ns, gathered_ns,
-                worker.gpu,
-            )  # fmt: skip
+            ready_ns, came_ns = started_ns, ended_ns
+        times = Execution(
+            ready_ns - started_ns, came_ns - ready_ns, ended_ns - came_ns, started_ns, ended_ns, worker.gathered_ns,
+            worker.gpu,
+        )  # fmt: skip
         try:
             self._finish(wanted, results, times)
         finally:
-            if guard is None:
-                self._ended(wanted)
-        return ended_ns - started_ns
+            self._ended(wanted)
 
     def _start(self, worker: Worker, batch: list[Pending]) -> None:
         wanted = self._still_wanted(batch, monotonic_ns())

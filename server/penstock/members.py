@@ -52,7 +52,7 @@ class Called:
             rows=admitted.rows,
             job=asked.job,
         )
-        pending = Pending(request, reply, Cancelled(), monotonic_ns())
+        pending = Pending(request, reply, Cancelled(), monotonic_ns(), request.deadline_ns)
         self._model.submit(pending)
         return pending
 

@@ -50,6 +50,9 @@ class InferRequest(Struct):
     rows: int = 1  # of the batch axis; 1 for a model without one
     job: JobContext | None = None  # None unless the request is a job
     empty_final: bool = False  # a stream shall be told that a request has ended without a last answer
+    # What need not be looked for where others like it have been seen.
+    size: int = -1  # bytes of all inputs; -1 where it is not known
+    may_classify: bool = True  # False: no output is wanted as classes
 
     @property
     def names(self) -> dict[str, str]:

@@ -195,8 +195,8 @@ class Model:
             whole = Whole(pending, self._most_rows)
             pending.holder = whole
             self._crew.submit_all(whole.parts)
-        else:
-            self._crew.submit(pending, _size(request))
+            return
+        self._crew.submit(pending, request.size if request.size >= 0 else _size(request))
 
     def _submit_in_order(self, pending: Pending, order: InOrder) -> None:
         reply = pending.reply
@@ -296,9 +296,10 @@ class Model:
         if len(batch) == 1 and isinstance(first := results[0], InferResponse):  # nearly always: no lists for it
             [pending] = batch
             if pending.whole is None and pending.missed is None:
-                answer = self._shaped(pending.request, first)
+                request = pending.request
+                answer = self._shaped(request, first)
                 if isinstance(answer, InferResponse):
-                    self._statistics.executed((pending.arrived_ns,), pending.request.rows, times)
+                    self._statistics.executed((pending.arrived_ns,), request.rows, times)
                     answer.computed = times
                 else:
                     self._count_failure(answer, times.ended_ns - pending.arrived_ns, "OTHER")
@@ -343,7 +344,7 @@ class Model:
     def _shaped(self, request: InferRequest, response: InferResponse) -> InferResponse | ServingError:
         """The response as it leaves: with the version that ran, and the classes of outputs that were asked for."""
         response.version = self.version
-        if request.outputs:
+        if request.outputs and request.may_classify:
             batched = self.signature.max_batch_size > 0
             for position, tensor in enumerate(response.outputs):
                 wanted = request.outputs.get(tensor.name)

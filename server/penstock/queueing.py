@@ -42,29 +42,23 @@ class Missed(Struct, frozen=True):
     lookup_ns: int  # how long that took
 
 
-class Pending:
+class Pending(Struct, eq=False):
     """A request that waits for an instance, or runs on one."""
 
-    __slots__ = (
-        "arrived_ns", "cancelled", "expires_ns", "holder", "level", "missed", "moves_ns", "reply", "request",
-        "sequence", "shape", "warning", "whole",
-    )  # fmt: skip
-
-    def __init__(self, request: InferRequest, reply: Reply, cancelled: Cancelled, arrived_ns: int) -> None:
-        self.request = request
-        self.reply = reply
-        self.cancelled = cancelled
-        self.arrived_ns = arrived_ns  # monotonic
-        self.holder: Holder | None = None
-        self.expires_ns = request.deadline_ns  # when it is refused instead of run, monotonic; 0: never
-        self.whole: Whole | None = None  # of which this is a part
-        self.missed: Missed | None = None  # None: the answer shall not be kept
-        # Written by the scheduler that holds it, and read by no one else.
-        self.level = 0  # of its queue
-        self.moves_ns = 0  # when it goes behind the others of its level; 0: never
-        self.shape: object = None  # what those that it may share a batch with have equal
-        self.sequence: object = None  # that it is part of, until it has run
-        self.warning = ""  # to be logged by whoever added it
+    request: InferRequest
+    reply: Reply
+    cancelled: Cancelled
+    arrived_ns: int  # monotonic
+    expires_ns: int  # when it is refused instead of run, monotonic; 0: never. Its client's deadline, or before that
+    holder: Holder | None = None
+    whole: Whole | None = None  # of which this is a part
+    missed: Missed | None = None  # None: the answer shall not be kept
+    # Written by the scheduler that holds it, and read by no one else.
+    level: int = 0  # of its queue
+    moves_ns: int = 0  # when it goes behind the others of its level; 0: never
+    shape: object = None  # what those that it may share a batch with have equal
+    sequence: object = None  # that it is part of, until it has run
+    warning: str = ""  # to be logged by whoever added it
 
     def cancel(self, reason: ServingError) -> None:
         """Nobody waits for this any more: drop it if it is queued; what runs already is told. Any thread."""
@@ -139,24 +133,24 @@ class Fifo:
     """First come, first served, one at a time: models that are not batched."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[Pending, None] = OrderedDict()  # from which any can be dropped in no time
+        self.waiting: OrderedDict[Pending, None] = OrderedDict()  # from which any can be dropped in no time
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     def add(self, pending: Pending, now_ns: int) -> None:  # noqa: ARG002
-        self._waiting[pending] = None
+        self.waiting[pending] = None
 
     def take(self, now_ns: int) -> list[Pending]:  # noqa: ARG002
-        return [self._waiting.popitem(last=False)[0]] if self._waiting else []
+        return [self.waiting.popitem(last=False)[0]] if self.waiting else []
 
     def wake_at(self, now_ns: int) -> int | None:
-        return now_ns if self._waiting else None
+        return now_ns if self.waiting else None
 
     def drop(self, pending: Pending) -> list[Pending]:
-        if pending not in self._waiting:
+        if pending not in self.waiting:
             return []
-        del self._waiting[pending]
+        del self.waiting[pending]
         return [pending]
 
 

@@ -94,7 +94,8 @@ class Whole:
     def __init__(self, pending: Pending, most_rows: int) -> None:
         self.pending = pending
         self.parts = [
-            Pending(part, pending.reply, Cancelled(), pending.arrived_ns) for part in _cut(pending.request, most_rows)
+            Pending(part, pending.reply, Cancelled(), pending.arrived_ns, part.deadline_ns)
+            for part in _cut(pending.request, most_rows)
         ]
         for part in self.parts:
             part.whole = self

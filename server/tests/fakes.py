@@ -79,7 +79,8 @@ class Answers:
 
 
 def pending(sent: InferRequest | None = None, reply: Reply | None = None) -> Pending:
-    return Pending(sent or request(), reply or Answers(), Cancelled(), monotonic_ns())
+    sent = sent or request()
+    return Pending(sent, reply or Answers(), Cancelled(), monotonic_ns(), sent.deadline_ns)
 
 
 class EchoInstance:

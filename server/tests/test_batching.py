@@ -32,7 +32,7 @@ def sent(
     array = np.zeros((rows, *tail), np.float32)
     inputs = {name: Tensor(name, FP32, array) for name in ("X", "Z") if name != without}
     request = InferRequest("m", "", id, inputs, {}, {}, priority, deadline_ns, rows=rows)
-    return Pending(request, Answers(), Cancelled(), at_ns)
+    return Pending(request, Answers(), Cancelled(), at_ns, request.deadline_ns)
 
 
 class Bench:

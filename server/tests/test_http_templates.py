@@ -80,6 +80,15 @@ def test_a_second_request_is_known_whatever_its_id_and_data(to: Model) -> None:
         assert np.shares_memory(found[0].inputs["A"].array, np.frombuffer(body, np.uint8))
 
 
+def test_what_others_like_it_have_shown_is_not_looked_for_again(to: Model) -> None:
+    known = Templates(1000)
+    for classes, may_classify in ((0, False), (1, True)):
+        parameters: dict[str, Any] = {"binary_data": True} | ({"classification": classes} if classes else {})
+        request = learnt(known, to, *binary(1, 2, outputs=[{"name": "Y", "parameters": parameters}]))
+        assert request is not None
+        assert (request.size, request.may_classify) == (8, may_classify)
+
+
 def test_requests_with_an_empty_id_are_known_from_the_second_on(to: Model) -> None:
     known = Templates(1000)
     learnt(known, to, *binary(1, 2, id="plain"))
@@ -195,10 +204,9 @@ RESPONSES = [
 ]
 
 
-@pytest.mark.parametrize("forms", [Forms(default=True), Forms(named={"Y": True}), Forms(True, {"Z": False}), Forms()])
-def test_answers_are_written_as_they_are_where_nothing_is_known(forms: Forms) -> None:
+def test_answers_are_written_as_they_are_where_nothing_is_known() -> None:
     heads = Heads()
-    for _ in range(2):
+    for forms in (Forms(default=True), Forms(named={"Y": True}), Forms(True, {"Z": False}), Forms()) * 2:
         for one in RESPONSES:
             json_bytes, buffers = heads.encode(one, forms, "string")
             expected_bytes, expected = oip_json.encode(one, forms, "string")

@@ -36,7 +36,7 @@ def sent(
     place = None if flow is None else messages.Sequence(flow, "S" in flags, "E" in flags)
     x = Tensor("X", FP32, np.zeros((rows, columns), np.float32))
     request = InferRequest("m", "", id, {"X": x}, {}, {}, 0, deadline_ns, timeout_us, place, rows)
-    return Pending(request, Answers(), Cancelled(), at_ns)
+    return Pending(request, Answers(), Cancelled(), at_ns, request.deadline_ns)
 
 
 class Bench:

@@ -58,6 +58,18 @@ def test_a_second_request_is_read_by_its_bytes_whatever_its_id_and_data() -> Non
         request, was_known = read(known, to, body)
         assert was_known
         assert plain(request) == plain(tensors.decode(one, to, 10, 10))
+        assert (request.size, request.may_classify) == (8, False)
+
+
+def test_outputs_as_classes_stay_so_for_those_like_it() -> None:
+    known, to = Templates(), signature(CONFIG)
+    wanting = message(1, 2)
+    wanting.outputs.add(name="Y").parameters["classification"].int64_param = 1
+    for was_known in (False, True):
+        request, known_now = read(known, to, wanting.SerializeToString())
+        assert known_now is was_known
+        assert request.may_classify
+        assert request.outputs["Y"].classification == 1
 
 
 def test_what_a_request_says_of_its_place_in_the_queue_holds_for_those_like_it() -> None:

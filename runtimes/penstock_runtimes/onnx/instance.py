@@ -4,6 +4,7 @@ import ctypes
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from time import monotonic_ns
 from typing import Any, TypeAlias
 
@@ -30,6 +31,8 @@ BFLOAT16 = 16  # TensorProto.DataType
 INDIVISIBLE_RUNS = 3  # in a row, and requests are not joined any more
 
 Convert: TypeAlias = Callable[[Any], Any]
+
+_array = attrgetter("array")
 
 
 class OnnxInstance:
@@ -115,7 +118,9 @@ class OnnxInstance:
         self._context = context or Context()
         self.rest_ns = rest_ns
         self._rest = Rest(rest_ns, device) if rest_ns else None
-        self._plain = not self._to_model and self._rest is None  # inputs go to the session as they are, at any time
+        # Whether tensors go to the session and come from it as they are, at any time.
+        is_changed = self._to_model or self._from_model or self._assembly.changes_one
+        self._plain = not is_changed and self._rest is None
         if binding is None and BF16 in [*self._datatypes.values(), *(state.datatype for state in states(config))]:
             if any(spec.datatype is BYTES for spec in seen.inputs.values()):
                 raise ServingError(
@@ -132,7 +137,20 @@ class OnnxInstance:
     ) -> Sequence[InferResponse | ServingError]:
         options = self._ending_options if unwanted is self._unwanted else self.options(unwanted)
         if len(batch) == 1:
-            return [self._run_one(batch[0], options)]
+            [request] = batch
+            if not self._plain:
+                return [self._run_one(request, options)]
+            # As `_run_one`, in place: the calls would cost as much as many a model.
+            names, inputs = list(request.outputs) or self._names, request.inputs
+            feed = dict(zip(inputs, map(_array, inputs.values()), strict=True))
+            self.inputs_ready_ns = monotonic_ns()
+            try:
+                arrays = self._session.run(names, feed, options)
+            except Exception as error:
+                raise self._failed(error) from error
+            self.outputs_came_ns = monotonic_ns()
+            outputs = list(map(Tensor, names, map(self._datatypes.__getitem__, names), arrays))
+            return [InferResponse(request.model, request.version, request.id, outputs)]
         if self._batched:
             try:
                 return self._run_joined(batch, options)
@@ -203,8 +221,7 @@ class OnnxInstance:
             return answer
         names = list(request.outputs) or self._names
         feed = {name: tensor.array for name, tensor in request.inputs.items()}
-        arrays = self._compute(names, feed, options) if self._plain else self.compute(names, feed, options)
-        return self._response(request, names, self.shown(names, arrays) if self._from_model else arrays)
+        return self._response(request, names, self.shown(names, self.compute(names, feed, options)))
 
     def _run_joined(self, batch: Sequence[InferRequest], options: Any) -> list[InferResponse]:
         assembly = self._assembly
@@ -252,12 +269,15 @@ class OnnxInstance:
         try:
             arrays: list[Array] = self._session.run(names, feed, options)
         except Exception as error:
-            failure = translate(error, device=self.device)
-            if isinstance(failure, DeviceLostError):
-                self._context.lost = True
-            raise failure from error
+            raise self._failed(error) from error
         self.outputs_came_ns = monotonic_ns()
         return arrays
+
+    def _failed(self, error: Exception) -> ServingError:
+        failure = translate(error, device=self.device)
+        if isinstance(failure, DeviceLostError):
+            self._context.lost = True
+        return failure
 
     def shown(self, names: Sequence[str], arrays: list[Array]) -> list[Array]:
         """Outputs as clients see them, of those that the model gave."""

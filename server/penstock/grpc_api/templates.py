@@ -91,6 +91,8 @@ class Template(Struct, frozen=True):
     priority: int
     timeout_us: int
     empty_final: bool
+    size: int  # bytes of all inputs
+    may_classify: bool
 
     def fill(self, parts: Parts) -> InferRequest | None:
         """The request that the message holds; None where its data is not what the key promises."""
@@ -107,7 +109,7 @@ class Template(Struct, frozen=True):
             return None
         return InferRequest(
             self.model, self.version, id, inputs, self.outputs, {}, self.priority, 0, self.timeout_us, None, self.rows,
-            None, self.empty_final,
+            None, self.empty_final, self.size, self.may_classify,
         )  # fmt: skip
 
 
@@ -142,4 +144,6 @@ class Templates:
             request.priority,
             request.timeout_us,
             request.empty_final,
+            sum(map(len, parts.raw)),
+            any(wanted.classification for wanted in request.outputs.values()),
         )

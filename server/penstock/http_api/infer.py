@@ -85,27 +85,25 @@ class Head(Struct):
         self.encoding = self.headers.get(b"content-encoding")
 
 
-class Exchange:
+class Exchange(Struct, eq=False):
     """One inference on its way. Used on the event loop's thread only, but for its call: it is the model's reply."""
 
-    __slots__ = (
-        "_cancelled", "_door", "_forms", "_head", "_id", "_mailbox", "_pending", "_reply", "_visit", "answered",
-    )  # fmt: skip
+    _door: Door
+    _head: Head
+    _reply: Reply
+    _mailbox: Mailbox
+    _id: str  # the head's, unless the body says another
+    _forms: oip_json.Forms  # as far as they are known
+    answered: bool = False  # it has been
+    _pending: Pending | None = None
+    _cancelled: ServingError | None = None
+    _visit: Visit | None = None
 
-    def __init__(self, door: Door, head: Head, reply: Reply, mailbox: Mailbox | None = None) -> None:
-        self._door = door
-        self._head = head
-        self._reply = reply
-        self._id = head.id  # unless the body says another
-        self._forms = NO_FORMS
-        self._mailbox = mailbox or door.engine.mailbox()
-        self._pending: Pending | None = None
-        self._cancelled: ServingError | None = None
-        self.answered = False  # it has been
-        self._visit: Visit | None = None
-        if door.access_log:
-            self._id = self._id or new_id()
-            self._visit = _visit(head)
+    def log(self, request_bytes: int) -> None:
+        """Have a line in the access log once this is answered."""
+        self._id = self._id or new_id()
+        self._visit = _visit(self._head)
+        self._visit.request_bytes = request_bytes
 
     def cancel(self, reason: ServingError) -> None:
         """Nobody waits for the answer any more. It is given all the same: `reason`, or what is under way already."""
@@ -113,36 +111,20 @@ class Exchange:
         if self._pending is not None:
             self._pending.cancel(reason)
 
-    def begin(self, body: bytes | memoryview) -> None:
-        """The checks in the protocol's order (3.2), up to the scheduler. What they raise becomes the answer."""
-        try:
-            if self._visit is not None:
-                self._visit.request_bytes = len(body)
-            model = self._door.engine.lifecycle.get(self._head.model, self._head.version)
-            if model.decoupled:
-                raise ServingError(
-                    Kind.UNSUPPORTED, "HTTP end point doesn't support models with decoupled transaction policy"
-                )
-            encoding = self._head.encoding
-            if not encoding or encoding == coding.IDENTITY:
-                self._submit(model, body)
-            elif encoding in coding.CODINGS:
-                # Off the event loop: a short body may become a long one.
-                loop = asyncio.get_running_loop()
-                inflating = loop.run_in_executor(None, coding.decompress, body, self._door.limits.input_bytes)
-                inflating.add_done_callback(functools.partial(self._go_on, self._inflated, model))
-            else:
-                self._answer(failed(501, "Unsupported compression type", (b"accept-encoding", b"gzip, deflate")))
-        except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
-            self._answer(failure(error, self._id))
+    def inflate(self, model: Model, body: bytes | memoryview) -> None:
+        """As `submit`, of a body that is compressed. Off the event loop: a short one may become long."""
+        loop = asyncio.get_running_loop()
+        inflating = loop.run_in_executor(None, coding.decompress, body, self._door.limits.input_bytes)
+        inflating.add_done_callback(functools.partial(self._go_on, self._inflated, model))
 
     def _inflated(self, model: Model, inflating: "asyncio.Future[bytes]") -> None:
         body = inflating.result()
         if self._cancelled is not None:
             raise self._cancelled
-        self._submit(model, body)
+        self.submit(model, body)
 
-    def _submit(self, model: Model, body: bytes | memoryview) -> None:
+    def submit(self, model: Model, body: bytes | memoryview) -> None:
+        """Read the body and give what it asks for to the model. What this raises is to become the answer."""
         door = self._door
         json_bytes = self._head.json_bytes
         if json_bytes == UNREAD:
@@ -209,19 +191,19 @@ class Exchange:
             if (json_bytes is None or door.compression == "on") and self._deflates(json_bytes, buffers):
                 return PLENTY
             if json_bytes is None:
-                self._answer(answer(200, buffers))
+                self.answer(answer(200, buffers))
             else:
-                self._answer((200, _binary_headers(json_bytes, sum(map(len, buffers))), buffers))
-        except Exception as error:  # noqa: BLE001 - as in `begin`
-            self._answer(failure(error, self._id))
+                self.answer((200, _binary_headers(json_bytes, sum(map(len, buffers))), buffers))
+        except Exception as error:  # noqa: BLE001 - as in `serve_infer`
+            self.fail(error)
         return PLENTY
 
     def _go_on(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Take a further step, as `begin`."""
+        """Take a further step, as `serve_infer`."""
         try:
             step(*arguments)
         except Exception as error:  # noqa: BLE001 - as above
-            self._answer(failure(error, self._id))
+            self.fail(error)
 
     def _deflates(self, json_bytes: int | None, buffers: list[bytes | memoryview]) -> bool:
         """Whether the answer is to be compressed, which has begun then."""
@@ -239,11 +221,16 @@ class Exchange:
         body = deflating.result()
         encoding = (b"content-encoding", chosen)
         if json_bytes is None:
-            self._answer(answer(200, [body], encoding))
+            self.answer(answer(200, [body], encoding))
         else:
-            self._answer((200, [*_binary_headers(json_bytes, len(body)), encoding], [body]))
+            self.answer((200, [*_binary_headers(json_bytes, len(body)), encoding], [body]))
 
-    def _answer(self, answer: Answer) -> None:
+    def fail(self, error: Exception) -> None:
+        """Answer with what went wrong."""
+        self.answer(failure(error, self._id))
+
+    def answer(self, answer: Answer) -> None:
+        """Send this, unless it has been answered."""
         if not self.answered:
             self.answered = True
             self._pending = None  # it leads back here through its reply: body and outputs would wait for a collection
@@ -290,8 +277,24 @@ def serve_infer(
     `reply(status, headers, buffers)` must not raise. `mailbox` is the event loop's, for who has it at hand. Returns
     what a client that goes away cancels; None if the answer has been given.
     """
-    exchange = Exchange(door, head, reply, mailbox)
-    exchange.begin(body)
+    exchange = Exchange(door, head, reply, mailbox or door.engine.mailbox(), head.id, NO_FORMS)
+    if door.access_log:
+        exchange.log(len(body))
+    try:  # the checks in the protocol's order (3.2)
+        model = door.engine.lifecycle.get(head.model, head.version)
+        if model.decoupled:
+            raise ServingError(
+                Kind.UNSUPPORTED, "HTTP end point doesn't support models with decoupled transaction policy"
+            )
+        encoding = head.encoding
+        if not encoding or encoding == coding.IDENTITY:
+            exchange.submit(model, body)
+        elif encoding in coding.CODINGS:
+            exchange.inflate(model, body)
+        else:
+            exchange.answer(failed(501, "Unsupported compression type", (b"accept-encoding", b"gzip, deflate")))
+    except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
+        exchange.fail(error)
     return None if exchange.answered else exchange
 
 

@@ -4,6 +4,8 @@ The JSON before binary tensors, without its id, names one `Template`: what readi
 with the same JSON is not read again, and its tensors are views of its body.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import orjson
 from msgspec import Struct
@@ -13,7 +15,7 @@ from penstock import oip_json
 from penstock.messages import InferRequest, InferResponse, RequestedOutput
 from penstock.model import Model
 from penstock.model_config import Signature
-from penstock.oip_json import Decoded, Forms
+from penstock.oip_json import Decoded, Forms, NonFinite
 from penstock.tensor import BOOL, BYTES, Datatype, Tensor, pack
 
 KEPT = 256
@@ -34,6 +36,7 @@ class Template(Struct, frozen=True):
     rows: int
     priority: int
     timeout_us: int
+    may_classify: bool
 
 
 class Templates:
@@ -66,7 +69,8 @@ class Templates:
         return (
             InferRequest(
                 model.name, model.version, template.id if id is None else id, inputs, template.outputs, {},
-                template.priority, 0, template.timeout_us, None, template.rows,
+                template.priority, 0, template.timeout_us, None, template.rows, None, False, template.data_bytes,
+                template.may_classify,
             ),
             template.forms,
         )  # fmt: skip
@@ -92,7 +96,7 @@ class Templates:
             self._known.clear()
         self._known[model.name, model.version, key] = Template(
             model.signature, decoded.id, tuple(inputs), at, request.outputs, decoded.forms, request.rows,
-            request.priority, request.timeout_us,
+            request.priority, request.timeout_us, any(wanted.classification for wanted in request.outputs.values()),
         )  # fmt: skip
 
 
@@ -119,29 +123,39 @@ class Heads:
         self._known: dict[tuple[object, ...], bytes] = {}
 
     def encode(
-        self, response: InferResponse, forms: Forms, non_finite: oip_json.NonFinite
+        self, response: InferResponse, forms: Forms, non_finite: NonFinite
     ) -> tuple[int | None, list[bytes | memoryview]]:
         """As `oip_json.encode`."""
-        key: list[object] = [response.model, response.version]
-        data: list[bytes | memoryview] = []
+        shown: list[object] = [response.model, response.version]
         for tensor in response.outputs:
-            array, datatype = tensor.array, tensor.datatype
-            if (
-                datatype is BYTES
-                or array.dtype != datatype.dtype
-                or not array.size
-                or not forms.named.get(tensor.name, forms.default)
-            ):
-                return oip_json.encode(response, forms, non_finite)
-            key += (tensor.name, datatype, array.shape)
-            data.append(array.tobytes() if array.nbytes <= COPIED_BYTES else pack(array, datatype))
-        if response.parameters or not data:
-            return oip_json.encode(response, forms, non_finite)
-        rest = self._known.get(tuple(key))
-        if rest is None:
-            if len(self._known) >= KEPT:
-                self._known.clear()
-            _, [head, *_] = oip_json.encode(replace(response, id=""), forms, non_finite)
-            rest = self._known[tuple(key)] = bytes(head[1:])
+            name, array = tensor.name, tensor.array
+            shown += (name, tensor.datatype, array.dtype, array.shape, forms.named.get(name, forms.default))
+        key = tuple(shown)
+        rest = self._known.get(key)
+        if rest is None or response.parameters:
+            json_bytes, buffers = oip_json.encode(response, forms, non_finite)
+            if _is_known_by_head(response, buffers):
+                self._learn(key, response, forms, non_finite)
+            return json_bytes, buffers
         head = b'{"id":%b,%b' % (orjson.dumps(response.id), rest) if response.id else b"{" + rest
-        return len(head), [head, *data]
+        buffers = [head]
+        for tensor in response.outputs:
+            array = tensor.array
+            buffers.append(array.tobytes() if array.nbytes <= COPIED_BYTES else pack(array, tensor.datatype))
+        return len(head), buffers
+
+    def _learn(self, key: tuple[object, ...], response: InferResponse, forms: Forms, non_finite: NonFinite) -> None:
+        _, [head, *_] = oip_json.encode(replace(response, id=""), forms, non_finite)
+        if len(self._known) >= KEPT:
+            self._known.clear()
+        self._known[key] = bytes(head[1:])
+
+
+def _is_known_by_head(response: InferResponse, buffers: Sequence[bytes | memoryview]) -> bool:
+    """Whether an answer has nothing but tensors, each in binary and as long as datatype and shape say."""
+    tensors = response.outputs
+    return (
+        not response.parameters
+        and len(buffers) == len(tensors) + 1 > 1
+        and all(tensor.datatype is not BYTES and tensor.array.dtype == tensor.datatype.dtype for tensor in tensors)
+    )
