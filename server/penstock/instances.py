@@ -634,7 +634,8 @@ def _failure(error: Exception, *batch: Pending) -> ServingError:
     That is logged under the id of each request, and once in full.
     """
     if isinstance(error, ServingError):
-        return error
+        # Its frames hold the batch and, as it is kept there among the results, itself: until a collection.
+        return error.with_traceback(None)
     for pending in batch:
         request = pending.request
         id = plain(request.id or "<id_unknown>")

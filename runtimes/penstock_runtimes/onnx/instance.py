@@ -252,12 +252,16 @@ class OnnxInstance:
         try:
             arrays: list[Array] = self._session.run(names, feed, options)
         except Exception as error:
-            failure = translate(error, device=self.device)
-            if isinstance(failure, DeviceLostError):
-                self._context.lost = True
-            raise failure from error
+            # It has no name here: it holds its cause, which holds this frame. The feed would wait for a collection.
+            raise self._failure(error) from error
         self.outputs_came_ns = monotonic_ns()
         return arrays
+
+    def _failure(self, error: Exception) -> ServingError:
+        failure = translate(error, device=self.device)
+        if isinstance(failure, DeviceLostError):
+            self._context.lost = True
+        return failure
 
     def shown(self, names: Sequence[str], arrays: list[Array]) -> list[Array]:
         """Outputs as clients see them, of those that the model gave."""

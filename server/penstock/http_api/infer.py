@@ -136,8 +136,7 @@ class Exchange:
         except Exception as error:  # noqa: BLE001 - the client must be told of whatever it was
             self._answer(failure(error, self._id))
 
-    def _inflated(self, model: Model, inflating: "asyncio.Future[bytes]") -> None:
-        body = inflating.result()
+    def _inflated(self, model: Model, body: bytes) -> None:
         if self._cancelled is not None:
             raise self._cancelled
         self._submit(model, body)
@@ -183,11 +182,10 @@ class Exchange:
         request.id = self._id
         return decoded, request
 
-    def _was_read(self, model: Model, reading: "asyncio.Future[tuple[oip_json.Decoded, InferRequest]]") -> None:
-        _, request = reading.result()
+    def _was_read(self, model: Model, read: tuple[oip_json.Decoded, InferRequest]) -> None:
         if self._cancelled is not None:
             raise self._cancelled
-        self._run_on(model, request)
+        self._run_on(model, read[1])
 
     def _run_on(self, model: Model, request: InferRequest) -> None:
         pending = self._door.engine.submit(model, request, self)
@@ -204,7 +202,8 @@ class Exchange:
         door = self._door
         try:
             if isinstance(result, ServingError):
-                raise result
+                self._answer(failure(result, self._id))
+                return PLENTY
             json_bytes, buffers = door.heads.encode(result, self._forms, door.non_finite)
             if (json_bytes is None or door.compression == "on") and self._deflates(json_bytes, buffers):
                 return PLENTY
@@ -217,9 +216,15 @@ class Exchange:
         return PLENTY
 
     def _go_on(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Take a further step, as `begin`."""
+        """Take a further step, as `begin`. The last argument is the future of what a thread came to."""
+        *known, done = arguments
         try:
-            step(*arguments)
+            # Raised here, it would hold this frame and so the future, which holds it: the body would wait for a
+            # collection.
+            if (error := done.exception()) is not None:
+                self._answer(failure(error, self._id))
+            else:
+                step(*known, done.result())
         except Exception as error:  # noqa: BLE001 - as above
             self._answer(failure(error, self._id))
 
@@ -235,8 +240,7 @@ class Exchange:
         deflating.add_done_callback(functools.partial(self._go_on, self._deflated, json_bytes, chosen))
         return True
 
-    def _deflated(self, json_bytes: int | None, chosen: bytes, deflating: "asyncio.Future[bytes]") -> None:
-        body = deflating.result()
+    def _deflated(self, json_bytes: int | None, chosen: bytes, body: bytes) -> None:
         encoding = (b"content-encoding", chosen)
         if json_bytes is None:
             self._answer(answer(200, [body], encoding))
