@@ -68,7 +68,8 @@ def _target(url: str | None, grpc: str, directory: Path) -> Iterator[Target]:
         yield Target(url.rstrip("/"), grpc, "")
         return
     make_fixtures(directory / "models")
-    with penstock([SAMPLES, directory / "models"], directory / "server.log", "--exit-on-error", "false") as running:
+    options = ("--exit-on-error", "false", *footprint.RETURNING)
+    with penstock([SAMPLES, directory / "models"], directory / "server.log", *options) as running:
         yield Target(running.http, running.grpc, running.metrics, running)
 
 

@@ -1,3 +1,4 @@
+import gc
 import subprocess
 import sys
 import weakref
@@ -416,6 +417,22 @@ def test_values_that_a_model_cannot_take_are_the_clients_mistake(
     )
     assert run(instance, INPUT0=np.array([0, -1]))["OUTPUT0"].tolist() == [10, 40]
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_failed_run_was_given_is_forgotten_without_a_collection(fixtures: Path) -> None:
+    instance = load(fixtures / "failing")
+    given = np.array([0, 9])
+    known, batch = weakref.ref(given), [request({"INPUT0": given})]
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ServingError) as caught:
+            instance.execute(batch)
+        caught.value.with_traceback(None)  # as the server does with it
+        del given, batch, caught
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_sizes_that_do_not_multiply_are_the_clients_mistake() -> None:

@@ -2,10 +2,12 @@
 
 import ctypes
 import logging
+import os
 
 logger = logging.getLogger(__name__)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
+ARENAS = 4  # that threads share; glibc makes eight for each core
 
 
 def keep_blocks(threshold_bytes: int) -> bool:
@@ -13,12 +15,16 @@ def keep_blocks(threshold_bytes: int) -> bool:
 
     By default glibc maps every block over 128 KiB from the system and unmaps it when it is freed, or shrinks the heap
     by it: a request of 602 KB then costs hundreds of page faults.
+
+    An arena keeps up to twice as much at its end, for good, so there are ARENAS at most; the variable MALLOC_ARENA_MAX
+    may say another number. To be called before threads are started.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         logger.info("the C library has no mallopt: freed memory is kept or returned as it sees fit")
         return False
-    return all(mallopt(key, size) for key, size in (
-        (M_MMAP_THRESHOLD, threshold_bytes), (M_TRIM_THRESHOLD, 2 * threshold_bytes),
-    ))  # fmt: skip
+    options = {M_MMAP_THRESHOLD: threshold_bytes, M_TRIM_THRESHOLD: 2 * threshold_bytes}
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        options[M_ARENA_MAX] = ARENAS
+    return all(mallopt(key, value) for key, value in options.items())

@@ -11,7 +11,7 @@ from penstock.deadlines import Deadlines
 from penstock.errors import Kind, ServingError
 from penstock.messages import InferRequest, InferResponse
 from penstock.model_config import RateLimit
-from penstock.overruns import OVERRUN, Overruns, Track
+from penstock.overruns import Overruns, Track
 from penstock.queueing import Fifo, Pending, Place, Queue, Scheduler, Seating, Source
 from penstock.rate import RateLimiter, Turn
 from penstock.runtime import PLENTY, Cancelled, Credit, Instance, gpu_number
@@ -423,7 +423,7 @@ class Crew:
 
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
         """Execute and reply, here and now; but hand to the worker what is ended because others wait for this thread."""
-        handed = False
+        result: InferResponse | ServingError | None = None  # None: there will be another run
         before = _usage() if self._slow_runs else None
         instance, track = worker.instance, worker.track
         started_ns = ended_ns = monotonic_ns()
@@ -432,10 +432,9 @@ class Crew:
             try:
                 [result] = instance.execute([pending.request], guard)
             except Exception as error:  # noqa: BLE001 - as in `_run`
-                handed = bool(guard)
-                result = OVERRUN if handed else _failure(error, pending)
+                result = None if guard else _failure(error, pending)
             ended_ns = monotonic_ns()
-            if not handed:
+            if result is not None:
                 ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
                 if isinstance(result, ServingError):
                     ready_ns, came_ns = started_ns, ended_ns
@@ -448,7 +447,7 @@ class Crew:
             elapsed_ns = ended_ns - started_ns
             with self._lock:
                 worker.inline = False
-                if handed:
+                if result is None:
                     worker.handed = [pending]
                     self._stop_inline(NEVER_NS)
                 else:
@@ -463,7 +462,7 @@ class Crew:
                         self._slow_runs += 1
                         if self._slow_runs == INLINE_SLOW_RUNS:
                             self._stop_inline(ended_ns + self._rests_ns)
-                if self._closed or handed or len(self._waiting):
+                if self._closed or result is None or len(self._waiting):
                     worker.wake.notify()  # its own thread ends, or looks at what there is to do
                 else:
                     self._idle.append(worker)
@@ -634,7 +633,8 @@ def _failure(error: Exception, *batch: Pending) -> ServingError:
     That is logged under the id of each request, and once in full.
     """
     if isinstance(error, ServingError):
-        return error
+        # Its frames hold the batch and, as it is kept there among the results, itself: until a collection.
+        return error.with_traceback(None)
     for pending in batch:
         request = pending.request
         id = plain(request.id or "<id_unknown>")

@@ -8,7 +8,6 @@ from penstock.runtime import Cancelled
 
 LIMIT_NS = 50_000_000  # an event loop that stands still for longer is noticed by all of its clients
 REST_AFTER = 40  # looks without a run in between, at two in LIMIT_NS
-OVERRUN = ServingError(Kind.INTERNAL, "the run was ended, for others wait for its thread")
 
 
 class Track:
@@ -92,4 +91,4 @@ class Overruns:
         for track in self._tracks:
             guard, since_ns = track.guard, track.since_ns
             if since_ns and now_ns - since_ns > LIMIT_NS:
-                guard.set(OVERRUN)
+                guard.set(ServingError(Kind.INTERNAL, "the run was ended, for others wait for its thread"))

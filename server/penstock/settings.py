@@ -240,8 +240,8 @@ class Settings(Struct, frozen=True):
 
     malloc_threshold: int = _option(
         32 << 20, "keep memory blocks up to this size for reuse instead of returning them to the system, which saves "
-        "page faults on large tensors and holds tens of MB; at most 32 MiB, 0 leaves malloc as it is", "server",
-        metavar="BYTES",
+        "page faults on large tensors and holds tens of MB, up to twice this size in each of 4 arenas; at most 32 MiB, "
+        "0 leaves malloc as it is", "server", metavar="BYTES",
     )  # fmt: skip
     id: str = _option("penstock", "the server's name in its metadata", "server", metavar="NAME")
     log_verbose: int = _option(

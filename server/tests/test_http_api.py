@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -460,6 +461,18 @@ def test_a_bomb_is_not_inflated_past_the_limit() -> None:
 def test_a_stream_must_be_whole(data: bytes) -> None:
     with pytest.raises(ServingError, match="inconsistent stream"):
         coding.decompress(data, 1000)
+
+
+@pytest.mark.parametrize("data", [gzip.compress(b"text")[:-1], b"text"])
+def test_a_stream_that_is_not_whole_is_forgotten(data: bytes) -> None:
+    """Else what clients send would fill the memory, a body at a time."""
+    body = memoryview(data)
+    known = weakref.ref(body)
+    with pytest.raises(ServingError, match="inconsistent stream"):
+        coding.decompress(body, 1000)
+    del body
+    gc.collect()
+    assert known() is None
 
 
 @pytest.mark.parametrize(
@@ -989,21 +1002,57 @@ def test_a_body_of_many_compressed_streams_is_refused() -> None:
     assert coding.decompress(zlib.compress(b"a") * 32, 1000) == b"a" * 32
 
 
-@pytest.mark.parametrize("inline", [True, False])
-def test_an_answered_exchange_is_forgotten_without_a_collection(inline: bool) -> None:
+class Refusing(Doubler):
+    """Fails as a runtime does: with an exception that is raised."""
+
+    def execute(
+        self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None
+    ) -> list[InferResponse | ServingError]:
+        super().execute(batch)
+        raise ServingError(Kind.INVALID, "not that")
+
+
+@pytest.mark.parametrize(
+    ("instance", "status"),
+    [(Doubler(), 200), (Doubler("cuda:0"), 200), (Refusing(), 400), (Refusing("cuda:0"), 400)],
+    ids=["inline", "on a thread", "failing inline", "failing on a thread"],
+)
+def test_an_answered_exchange_is_forgotten_without_a_collection(instance: Doubler, status: int) -> None:
     """Else body and outputs of every request would lie in memory until Python's cyclic collector comes round."""
-    gated = Gated()
-    gated.gate.set()
-    client = Client(model("m", Doubler() if inline else gated))
+    client = Client(model("m", instance))
     gc.collect()
     gc.disable()
     try:
         before = exchanges()
         for _ in range(3):
-            assert client.infer().status == 200
+            assert client.infer().status == status
         deadline_s = time.monotonic() + LIMIT_S
         while exchanges() - before and time.monotonic() < deadline_s:
             pass  # the worker's thread is about to let go of its last batch
+        assert not exchanges() - before
+    finally:
+        gc.enable()
+
+
+LONG = b"1," * LONG_JSON
+REFUSED = {
+    "as it comes": (b"{", {}),
+    "beside the event loop": (b"[" + LONG, {}),
+    "for what its JSON says": (b'{"inputs":[{"name":"A","shape":[1],"datatype":"INT32","data":[%b1]}]}' % LONG, {}),
+    "inflated": (b"x", {b"content-encoding": b"gzip"}),
+    "once inflated": (gzip.compress(bytes(LONG_JSON + 1)), {b"content-encoding": b"gzip"}),
+}
+
+
+@pytest.mark.parametrize(("body", "headers"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_exchange_is_forgotten_without_a_collection(body: bytes, headers: dict[bytes, bytes]) -> None:
+    client = Client(model("m", Doubler()))
+    gc.collect()
+    gc.disable()
+    try:
+        before = exchanges()
+        for _ in range(3):
+            assert client("POST", PATH, body, headers).status == 400
         assert not exchanges() - before
     finally:
         gc.enable()

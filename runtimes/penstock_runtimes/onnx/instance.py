@@ -269,6 +269,7 @@ class OnnxInstance:
         try:
             arrays: list[Array] = self._session.run(names, feed, options)
         except Exception as error:
+            # It has no name here: it holds its cause, which holds this frame. The feed would wait for a collection.
             raise self._failed(error) from error
         self.outputs_came_ns = monotonic_ns()
         return arrays

@@ -50,7 +50,7 @@ def decompress(data: bytes | memoryview, limit_bytes: int) -> bytes:
         try:
             part = decompressor.decompress(data, left)
         except zlib.error:
-            raise _INCONSISTENT from None
+            raise _inconsistent() from None
         left -= len(part)
         if not left:
             raise ServingError(
@@ -59,10 +59,12 @@ def decompress(data: bytes | memoryview, limit_bytes: int) -> bytes:
                 "Use --http-max-input-size to increase the limit.",
             )
         if not decompressor.eof:
-            raise _INCONSISTENT
+            raise _inconsistent()
         parts.append(part)
         data = decompressor.unused_data
     return b"".join(parts)
 
 
-_INCONSISTENT = ServingError(Kind.INVALID, "encountered inconsistent stream state during decompression")
+def _inconsistent() -> ServingError:
+    """A new one each time: an exception keeps the frames that it was raised through, and so the body in them."""
+    return ServingError(Kind.INVALID, "encountered inconsistent stream state during decompression")

@@ -117,8 +117,7 @@ class Exchange(Struct, eq=False):
         inflating = loop.run_in_executor(None, coding.decompress, body, self._door.limits.input_bytes)
         inflating.add_done_callback(functools.partial(self._go_on, self._inflated, model))
 
-    def _inflated(self, model: Model, inflating: "asyncio.Future[bytes]") -> None:
-        body = inflating.result()
+    def _inflated(self, model: Model, body: bytes) -> None:
         if self._cancelled is not None:
             raise self._cancelled
         self.submit(model, body)
@@ -165,11 +164,10 @@ class Exchange(Struct, eq=False):
         request.id = self._id
         return decoded, request
 
-    def _was_read(self, model: Model, reading: "asyncio.Future[tuple[oip_json.Decoded, InferRequest]]") -> None:
-        _, request = reading.result()
+    def _was_read(self, model: Model, read: tuple[oip_json.Decoded, InferRequest]) -> None:
         if self._cancelled is not None:
             raise self._cancelled
-        self._run_on(model, request)
+        self._run_on(model, read[1])
 
     def _run_on(self, model: Model, request: InferRequest) -> None:
         pending = self._door.engine.submit(model, request, self)
@@ -186,7 +184,8 @@ class Exchange(Struct, eq=False):
         door = self._door
         try:
             if isinstance(result, ServingError):
-                raise result
+                self.fail(result)
+                return PLENTY
             json_bytes, buffers = door.heads.encode(result, self._forms, door.non_finite)
             if (json_bytes is None or door.compression == "on") and self._deflates(json_bytes, buffers):
                 return PLENTY
@@ -199,9 +198,15 @@ class Exchange(Struct, eq=False):
         return PLENTY
 
     def _go_on(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Take a further step, as `serve_infer`."""
+        """Take a further step, as `serve_infer`. The last argument is the future of what a thread came to."""
+        *known, done = arguments
         try:
-            step(*arguments)
+            # Raised here, it would hold this frame and so the future, which holds it: the body would wait for a
+            # collection.
+            if (error := done.exception()) is not None:
+                self.fail(error)
+            else:
+                step(*known, done.result())
         except Exception as error:  # noqa: BLE001 - as above
             self.fail(error)
 
@@ -217,8 +222,7 @@ class Exchange(Struct, eq=False):
         deflating.add_done_callback(functools.partial(self._go_on, self._deflated, json_bytes, chosen))
         return True
 
-    def _deflated(self, json_bytes: int | None, chosen: bytes, deflating: "asyncio.Future[bytes]") -> None:
-        body = deflating.result()
+    def _deflated(self, json_bytes: int | None, chosen: bytes, body: bytes) -> None:
         encoding = (b"content-encoding", chosen)
         if json_bytes is None:
             self.answer(answer(200, [body], encoding))

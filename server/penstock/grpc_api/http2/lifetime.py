@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 
 from penstock.errors import Kind, ServingError
-from penstock.grpc_api.calls import Door
+from penstock.grpc_api.calls import STOPPING, Door
 from penstock.grpc_api.http2 import frames
 from penstock.grpc_api.http2.frames import Code
 from penstock.grpc_api.http2.outgoing import Outgoing
-from penstock.grpc_api.http2.streams import STOPPING, AnyCall, StreamCall
+from penstock.grpc_api.http2.streams import AnyCall, StreamCall
 from penstock.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ class Lifetime(Outgoing):
         self._after("drain", LAST_PING_S, self._refuse_more)
         for stream in list(self._streams.values()):
             if isinstance(stream, StreamCall) and not stream.drains:
-                stream.end(STOPPING)
+                stream.end(ServingError(Kind.UNAVAILABLE, STOPPING))
 
     def stop(self) -> None:
         """Answer what still runs with an error, and close."""
         for stream in list(self._streams.values()):
-            stream.end(STOPPING)
+            stream.end(ServingError(Kind.UNAVAILABLE, STOPPING))
         self._refuse_more()
 
     def abort(self) -> None:

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 SPOKEN_S = 1.0  # a refused stream waits for its client to say something
 INLINE_BYTES = 16 << 10  # what is larger is decompressed beside the event loop: a thousandfold of it takes 20 ms
 
-STOPPING = ServingError(Kind.UNAVAILABLE, "GRPC server is shutting down and has stopped accepting new requests.")
 
 
 class Link(Protocol):
