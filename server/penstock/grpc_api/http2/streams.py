@@ -21,7 +21,6 @@ SPOKEN_S = 1.0  # a refused stream waits for its client to say something
 INLINE_BYTES = 16 << 10  # what is larger is decompressed beside the event loop: a thousandfold of it takes 20 ms
 
 
-
 class Link(Protocol):
     """What a call asks of its connection."""
 
