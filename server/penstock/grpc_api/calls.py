@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from enum import IntEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from penstock.access import ID_LIMIT, Visit, names, plain
 from penstock.auth import Category, Guard
-from penstock.engine import Engine
+from penstock.engine import Engine, Mailbox
 from penstock.errors import Kind, ServingError
 from penstock.forwarding import HeaderPattern
 from penstock.grpc_api.bodies import Body, Encoded, length
@@ -81,6 +81,11 @@ class Door:
         self.templates = Templates()
         self.stopping = asyncio.Event()  # nothing more is accepted: streams end once they are answered
         self.forward = HeaderPattern(engine.settings.grpc_header_forward_pattern, "--grpc-header-forward-pattern")
+
+    @cached_property
+    def mailbox(self) -> Mailbox:
+        """That of the event loop which serves all calls. Kept: in Python 3.11 it takes a system call to ask for it."""
+        return self.engine.mailbox()
 
     def admit(self, category: Category, call: "Call", keyless: bool = False) -> None:
         """Raises ServingError where the guard does not let the call pass."""

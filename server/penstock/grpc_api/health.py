@@ -32,7 +32,7 @@ def check(door: Door, message: Request, call: Call, reply: Callable[[Response | 
 async def watch(door: Door, messages: AsyncIterator[Request], call: Call) -> AsyncGenerator[Response, None]:
     """The status now, and again whenever it has changed, without an end."""
     changed = asyncio.Event()
-    mailbox = door.engine.mailbox()
+    mailbox = door.mailbox
     async for message in messages:
         _admit(door, message, call)
         unwatch = door.engine.lifecycle.watch(lambda: mailbox.post(changed.set))

@@ -16,7 +16,7 @@ from penstock.model import Model
 def infer(door: Door, body: Body, call: Call, reply: Callable[[InferResponse | ServingError], None]) -> Cancellable:
     """ModelInfer. Raises ServingError where the request is refused before it is queued."""
     model, request = admitted(door, body, call, decoupled=False)
-    return door.engine.submit(model, request, OnLoop(door.engine.mailbox(), reply))
+    return door.engine.submit(model, request, OnLoop(door.mailbox, reply))
 
 
 def admitted(door: Door, body: Body, call: Call, *, decoupled: bool) -> tuple[Model, InferRequest]:

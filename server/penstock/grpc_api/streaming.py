@@ -91,7 +91,7 @@ class Conversation:
     def __init__(self, door: Door, call: Call) -> None:
         self._door = door
         self._call = call
-        self._mailbox = door.engine.mailbox()
+        self._mailbox = door.mailbox
         self._strict = call.find("triton_grpc_error") == "true"
         self._turns: deque[Asked] = deque()  # who is answered once, in the order in which they asked
         self._ready: deque[Asked] = deque()  # one entry for each answer that can be written
