@@ -184,7 +184,11 @@ class Crew:
         with self._lock:
             if self._draining:
                 raise _stopping(pending)
-            is_short = request_bytes <= self._inline_bytes and (not pending.expires_ns or now_ns < pending.expires_ns)
+            is_short = (
+                request_bytes <= self._inline_bytes
+                and pending.cancelled.reason is None
+                and (not pending.expires_ns or now_ns < pending.expires_ns)
+            )
             if is_short and self._in_turn and self._idle and not len(self._waiting):
                 claimed = self._idle.pop()  # it would be added and taken at once
                 claimed.inline = True
@@ -423,7 +427,7 @@ class Crew:
 
     def _run_inline(self, worker: Worker, pending: Pending) -> None:
         """Execute and reply, here and now; but hand to the worker what is ended because others wait for this thread."""
-        result: InferResponse | ServingError | None = None  # None: there will be another run
+        handed = False
         before = _usage() if self._slow_runs else None
         instance, track = worker.instance, worker.track
         started_ns = ended_ns = monotonic_ns()
@@ -432,9 +436,12 @@ class Crew:
             try:
                 [result] = instance.execute([pending.request], guard)
             except Exception as error:  # noqa: BLE001 - as in `_run`
-                result = None if guard else _failure(error, pending)
+                if guard:
+                    handed = True
+                else:
+                    result = _failure(error, pending)
             ended_ns = monotonic_ns()
-            if result is not None:
+            if not handed:
                 ready_ns, came_ns = instance.inputs_ready_ns, instance.outputs_came_ns
                 if isinstance(result, ServingError):
                     ready_ns, came_ns = started_ns, ended_ns
@@ -447,9 +454,11 @@ class Crew:
             elapsed_ns = ended_ns - started_ns
             with self._lock:
                 worker.inline = False
-                if result is None:
+                if handed:
                     worker.handed = [pending]
-                    self._stop_inline(NEVER_NS)
+                    if pending.expires_ns:
+                        self._deadlines.add(pending, pending.expires_ns)
+                    self._stop_inline(ended_ns)
                 else:
                     self._unfinished -= 1
                     if self._draining and not self._unfinished:
@@ -461,22 +470,26 @@ class Crew:
                     elif before is None or _was_slow(before, _usage(), elapsed_ns):
                         self._slow_runs += 1
                         if self._slow_runs == INLINE_SLOW_RUNS:
-                            self._stop_inline(ended_ns + self._rests_ns)
-                if self._closed or result is None or len(self._waiting):
+                            self._stop_inline(ended_ns)
+                if self._closed or handed or len(self._waiting):
                     worker.wake.notify()  # its own thread ends, or looks at what there is to do
                 else:
                     self._idle.append(worker)
                     worker.idle_ns = monotonic_ns()
 
-    def _stop_inline(self, until_ns: int) -> None:
-        """Run nothing inline for a while, or for ever after a run that others waited for. Holds the lock."""
-        logger.info("model %s runs too long for the threads that bring its requests", self._name)
-        if until_ns == NEVER_NS:
-            self._rests_until_ns = NEVER_NS
-        elif self._inline_bytes >= 0:
-            self._resting_bytes, self._rests_until_ns = self._inline_bytes, until_ns
-            self._rests_ns = min(2 * self._rests_ns, INLINE_RESTS_MOST_NS)
-        self._inline_bytes, self._slow_runs = -1, 0
+    def _stop_inline(self, now_ns: int) -> None:
+        """Run nothing inline for a while, each time for longer. Holds the lock."""
+        self._slow_runs = 0
+        if self._inline_bytes < 0:
+            return  # another thread's run has said so
+        logger.info(
+            "model %s ran too long for the threads that bring its requests: only its workers run it for %.0f s",
+            self._name,
+            self._rests_ns / 1e9,
+        )
+        self._resting_bytes, self._inline_bytes = self._inline_bytes, -1
+        self._rests_until_ns = now_ns + self._rests_ns
+        self._rests_ns = min(2 * self._rests_ns, INLINE_RESTS_MOST_NS)
 
     def _rest_no_more(self) -> None:
         with self._lock:

@@ -69,3 +69,4 @@ def test_threads_share_few_arenas_for_each_keeps_blocks_of_its_own(tmp_path: Pat
     assert arenas(1, tmp_path / "kept") == allocator.ARENAS
     assert arenas(0, tmp_path / "returned") > allocator.ARENAS
     assert arenas(1, tmp_path / "asked", MALLOC_ARENA_MAX="2") == 2
+    assert arenas(1, tmp_path / "tuned", GLIBC_TUNABLES="glibc.malloc.arena_max=3") == 3

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import logging
 import socket
 import struct
@@ -33,6 +34,7 @@ from penstock.lifecycle import Lifecycle
 from penstock.messages import InferRequest, InferResponse
 from penstock.model import Loaded, Model
 from penstock.model_config import signature
+from penstock.queueing import Pending
 from penstock.runtime import Cancelled, ModelFiles, Reply
 from penstock.settings import Settings
 from penstock.tensor import Tensor
@@ -246,6 +248,32 @@ async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str | None]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value.code(), caught.value.details()
+
+
+def requests_alive() -> int:
+    return sum(isinstance(one, Pending) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"], ids=["inline", "on a thread"])
+def test_an_answered_call_is_forgotten_without_a_collection(serve: Serve, device: str) -> None:
+    """As over HTTP: else the messages of all calls would lie in memory until Python's cyclic collector comes round."""
+
+    async def test() -> None:
+        async with serve(model("m", Doubler(device))) as served:
+            gc.collect()
+            gc.disable()
+            before = requests_alive()
+            for number in range(3):
+                await served.infer(request("m", number))
+            deadline_s = time.monotonic() + LIMIT_S
+            while requests_alive() > before and time.monotonic() < deadline_s:
+                pass  # the worker's thread is about to let go of its last batch
+            assert requests_alive() <= before
+
+    try:
+        run(test)
+    finally:
+        gc.enable()
 
 
 # -- the table

@@ -180,6 +180,17 @@ def test_slow_inline_runs_in_a_row_are_the_last_ones() -> None:
     assert [thread == threading.get_ident() for thread in instance.threads] == [True] * INLINE_SLOW_RUNS + [False]
 
 
+def test_what_was_cancelled_before_it_came_does_not_run_inline() -> None:
+    instance, answers = EchoInstance(3), Answers()
+    with crew(instance) as made:
+        made.allow_inline(4)
+        given = pending(request(1), answers)
+        given.cancelled.set(GONE)
+        made.submit(given, 4)
+        assert made.drain(LIMIT_S)
+    assert instance.batches == []
+
+
 class Endless(EchoInstance):
     """Computes on, wherever it is asked first, until it is told that nobody wants it."""
 
@@ -208,6 +219,35 @@ def test_an_inline_run_that_lasts_too_long_goes_to_its_worker_and_is_the_last_on
     assert instance.threads[0] == threading.get_ident()
     assert threading.get_ident() not in instance.threads[1:]
     assert len(ledger.times) == 2
+
+
+def test_a_model_whose_inline_run_lasted_too_long_may_try_again_after_a_while() -> None:
+    with crew(Endless(3), inline_rests_ns=0) as made:
+        made.allow_inline(4)
+        submit(made)[1].one()  # on the worker, which then looks whether the time is over, before it takes another
+        submit(made)[1].one()
+        assert made.inline_bytes == 4
+
+
+class Hopeless(EchoInstance):
+    """Computes on each time, until it is told that nobody wants it."""
+
+    def execute(self, batch: Sequence[InferRequest], unwanted: Cancelled | None = None) -> Sequence[Result]:
+        assert unwanted is not None
+        told = threading.Event()
+        unwanted.watch(told.set)
+        super().execute(batch)
+        assert told.wait(LIMIT_S)
+        raise RuntimeError("terminated")
+
+
+def test_a_run_that_goes_from_a_thread_to_its_worker_keeps_its_deadline() -> None:
+    instance, ledger = Hopeless(), Ledger()
+    with crew(instance, ledger=ledger) as made:
+        made.allow_inline(4)
+        _, answers = submit(made, deadline_ns=time.monotonic_ns() + 200_000_000)
+        assert answers.error().kind is Kind.DEADLINE
+    assert instance.threads[0] == threading.get_ident() != instance.threads[1]
 
 
 def test_what_comes_during_an_inline_run_goes_to_the_worker_of_that_instance() -> None:

@@ -76,13 +76,13 @@ class Head(Struct):
     # What they say, for one head may serve many requests.
     given_id: bytes | None = None
     id: str = ""  # the same, as far as it is used
-    encoding: bytes | None = None
+    encoding: bytes = b""
     json_bytes: int | None = UNREAD  # before binary tensors; None where no header says so
 
     def __post_init__(self) -> None:
         self.given_id = self.headers.get(REQUEST_ID)
         self.id = self.given_id.decode("latin-1")[:ID_LIMIT] if self.given_id else ""
-        self.encoding = self.headers.get(b"content-encoding")
+        self.encoding = self.headers.get(b"content-encoding", b"").lower()
 
 
 class Exchange(Struct, eq=False):
@@ -119,7 +119,8 @@ class Exchange(Struct, eq=False):
 
     def _inflated(self, model: Model, body: bytes) -> None:
         if self._cancelled is not None:
-            raise self._cancelled
+            self.fail(self._cancelled)  # raised, it would hold this frame
+            return
         self.submit(model, body)
 
     def submit(self, model: Model, body: bytes | memoryview) -> None:
@@ -166,7 +167,8 @@ class Exchange(Struct, eq=False):
 
     def _was_read(self, model: Model, read: tuple[oip_json.Decoded, InferRequest]) -> None:
         if self._cancelled is not None:
-            raise self._cancelled
+            self.fail(self._cancelled)
+            return
         self._run_on(model, read[1])
 
     def _run_on(self, model: Model, request: InferRequest) -> None:

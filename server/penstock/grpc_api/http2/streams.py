@@ -109,7 +109,7 @@ class UnaryCall(BaseCall):
             and int.from_bytes(data[:PREFIX_BYTES], "big") == size  # the first byte says that it is not compressed
         ):
             # The ordinary case: a whole message that came in one piece.
-            self._pending = self._row.answer(self._link.door, bytes(data[PREFIX_BYTES:]), self.call, self.reply)
+            self._serve(bytes(data[PREFIX_BYTES:]))
             return True
         try:
             assembler = self._fed(data)
@@ -134,6 +134,7 @@ class UnaryCall(BaseCall):
         if self._done:
             return
         self._done = True
+        self._pending = None  # it leads back here through its reply: the message would wait for a collection
         if self.timer is not None:
             self.timer.cancel()
         if isinstance(answer, ServingError):
@@ -146,8 +147,9 @@ class UnaryCall(BaseCall):
         self._done = True
         if self.timer is not None:
             self.timer.cancel()
-        if self._pending is not None:
-            self._pending.cancel(self.call.gone())
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.cancel(self.call.gone())
 
     def end(self, reason: ServingError) -> None:
         """Answer with an error now, whatever runs: the deadline has passed, or the server waits no longer."""
@@ -171,7 +173,9 @@ class UnaryCall(BaseCall):
             self._open(assembler.ready.popleft())
 
     def _serve(self, body: Body) -> None:
-        self._pending = self._row.answer(self._link.door, body, self.call, self.reply)
+        pending = self._row.answer(self._link.door, body, self.call, self.reply)
+        if not self._done:
+            self._pending = pending
 
     def _open(self, message: Message) -> None:
         compressed, body = message
