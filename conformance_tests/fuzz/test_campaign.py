@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conformance_tests.fuzz.campaign import FAULTS_LIMIT, KINDS, THREADS, UNIT, Make, Unit, plan, run_drawn, run_made
 from conformance_tests.fuzz.cases import Case, GrpcCase, Http2Case, HttpCase, read, request, write
-from conformance_tests.fuzz.footprint import GROWTH_LIMIT_BYTES, POOL_THREADS, Footprint, growth
+from conformance_tests.fuzz.footprint import GROWTH_LIMIT_BYTES, LATE_THREADS, Footprint, growth
 from conformance_tests.fuzz.senders import SUMS, Fault, Sender, answers_in, judge
 from conformance_tests.http_wire import Answer
 
@@ -135,8 +135,8 @@ def test_answers_are_told_apart_and_half_ones_are_left() -> None:
 
 def test_growth_within_its_bounds_is_none() -> None:
     before = Footprint(100, 10, 10)
-    assert growth(before, Footprint(100 + GROWTH_LIMIT_BYTES, 10, 10 + POOL_THREADS)) == []
-    assert len(growth(before, Footprint(101 + GROWTH_LIMIT_BYTES, 11, 11 + POOL_THREADS))) == 3
+    assert growth(before, Footprint(100 + GROWTH_LIMIT_BYTES, 10, 10 + LATE_THREADS)) == []
+    assert len(growth(before, Footprint(101 + GROWTH_LIMIT_BYTES, 11, 11 + LATE_THREADS))) == 3
 
 
 def test_a_plan_keeps_the_shares_and_gives_every_unit_a_seed_of_its_own() -> None:
