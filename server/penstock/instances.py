@@ -20,7 +20,7 @@ from penstock.statistics import Execution
 logger = logging.getLogger(__name__)
 
 INLINE_LIMIT_NS = 100_000  # a hand-off to a worker and back was measured at 29 to 128 us per request
-INLINE_ENDS_NS = 200_000  # INLINE_SLOW_RUNS longer than this, and the model goes to its workers from then on
+INLINE_ENDS_NS = 200_000  # INLINE_SLOW_RUNS longer than this, and the model goes to its workers for a while
 NEVER_NS = 2**63  # later than any time
 LOOK_S = 0.1  # how late it is found that an instance which could run nothing can again: it tells nobody
 INLINE_STALLS_NS = (
